@@ -9,7 +9,7 @@ reproduce that, and the four cures: pairwise and Kahan summation, stochastic rou
 
 from mixprec_lab.rounding.fake import fake_quantize
 from mixprec_lab.rounding.measures import relative_error, sqnr_db, ulp
-from mixprec_lab.rounding.quantizer import OVERFLOW_POLICIES, ROUNDING_MODES, Overflow, Rounding, quantize
+from mixprec_lab.rounding.quantizer import OVERFLOW_POLICIES, ROUNDING_MODES, Overflow, Rounding, quantize, rounder
 from mixprec_lab.rounding.sums import METHODS, Method, accumulate, dot, running_sum
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "fake_quantize",
     "quantize",
     "relative_error",
+    "rounder",
     "running_sum",
     "sqnr_db",
     "ulp",

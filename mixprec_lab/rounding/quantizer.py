@@ -85,6 +85,26 @@ def quantize(
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
+def rounder(
+    fmt: FormatLike,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow = "native",
+    generator: torch.Generator | None = None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``quantize`` with its choices made and its checks left out: for loops over many small float64 tensors.
+
+    The function it returns expects contiguous float64 tensors; everything else is as in ``quantize``.
+    """
+    kernel = _kernel(get_format(fmt), rounding, overflow, torch.float64)
+
+    def round_(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        kernel(x.view(-1), out.view(-1), torch.empty(x.numel(), dtype=torch.int64, device=x.device), generator)
+        return out
+
+    return round_
+
+
 def _check(x: torch.Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype not in _WORKING_DTYPE or x.layout != torch.strided:
         got = f"{x.dtype} {x.layout}" if isinstance(x, torch.Tensor) else type(x).__name__

@@ -4,12 +4,13 @@ Each addition is formed in float64 and rounded once to the format.  That equals 
 has more than ``2 * 24 + 2`` bits, so its own rounding never shows (Figueroa 1995).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from mixprec_lab.formats import FloatFormat, FormatLike, get_format
-from mixprec_lab.rounding.quantizer import quantize
+from mixprec_lab.rounding.quantizer import quantize, rounder
 
 Method = Literal["naive", "pairwise", "kahan", "stochastic", "fp32"]
 METHODS: tuple[str, ...] = ("naive", "pairwise", "kahan", "stochastic", "fp32")
@@ -35,7 +36,7 @@ def accumulate(
     if values.shape[-1] == 0:
         return values.new_zeros(values.shape[:-1])
     if method == "pairwise":
-        return _pairwise(values, fmt)
+        return _pairwise(values, rounder(fmt))
     return _running(values, fmt, method, generator)[..., -1]
 
 
@@ -48,9 +49,12 @@ def running_sum(
     accumulator stays in FP32.  Special values and errors as in ``accumulate``.
     """
     fmt, values = _prepare(values, fmt, method)
+    if values.shape[-1] == 0:
+        return values
     if method == "pairwise":
-        parts = [_pairwise(values[..., : i + 1], fmt) for i in range(values.shape[-1])]
-        return torch.stack(parts, -1) if parts else values
+        nearest = rounder(fmt)
+        parts = [_pairwise(values[..., : i + 1], nearest) for i in range(values.shape[-1])]
+        return torch.stack(parts, -1)
     return _running(values, fmt, method, generator)
 
 
@@ -67,37 +71,32 @@ def _prepare(values: torch.Tensor, fmt: FormatLike, method: str) -> tuple[FloatF
     return fmt, quantize(values.double(), fmt, overflow="native")
 
 
-def _round(x: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
-    return quantize(x, fmt, overflow="native")
-
-
 def _running(values: torch.Tensor, fmt: FloatFormat, method: str, generator: torch.Generator | None) -> torch.Tensor:
-    partial = torch.empty_like(values)
-    total = values.new_zeros(values.shape[:-1])
+    steps = values.movedim(-1, 0).contiguous()
+    partial = torch.empty_like(steps)
+    total = torch.zeros_like(steps[0])
     compensation = torch.zeros_like(total)
-    for i in range(values.shape[-1]):
-        v = values[..., i]
-        if method == "naive":
-            total = _round(total + v, fmt)
-        elif method == "stochastic":
-            total = quantize(total + v, fmt, "stochastic", "native", generator)
-        elif method == "fp32":
-            total = _round(total + v, get_format("fp32"))
-        else:
-            corrected = _round(v - compensation, fmt)
-            grown = _round(total + corrected, fmt)
-            compensation = _round(_round(grown - total, fmt) - corrected, fmt)
+    nearest = rounder(fmt)
+    accumulator = {"stochastic": rounder(fmt, "stochastic", generator=generator), "fp32": rounder("fp32")}
+    add = accumulator.get(method, nearest)
+    for i, v in enumerate(steps):
+        if method == "kahan":
+            corrected = nearest(v - compensation)
+            grown = nearest(total + corrected)
+            compensation = nearest(nearest(grown - total) - corrected)
             total = grown
-        partial[..., i] = total
-    return _round(partial, fmt) if method == "fp32" else partial
+        else:
+            total = add(total + v)
+        partial[i] = total
+    return (nearest(partial) if method == "fp32" else partial).movedim(0, -1)
 
 
-def _pairwise(values: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
+def _pairwise(values: torch.Tensor, nearest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     n = values.shape[-1]
     if n == 1:
         return values[..., 0]
     left, right = values.split([n // 2, n - n // 2], dim=-1)
-    return _round(_pairwise(left, fmt) + _pairwise(right, fmt), fmt)
+    return nearest(_pairwise(left, nearest) + _pairwise(right, nearest))
 
 
 def dot(
@@ -122,11 +121,12 @@ def dot(
         raise ValueError(f"expected two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     if block is not None and block < 1:
         raise ValueError(f"expected block to be a positive number of elements or None, got {block}")
-    products, fp32 = a * b, get_format("fp32")
-    outer = products.new_zeros(products.shape[:-1])
-    for chunk in products.split(block or max(products.shape[-1], 1), dim=-1):
+    products = (a * b).movedim(-1, 0).contiguous()
+    nearest, to_fp32 = rounder(accumulator_fmt), rounder("fp32")
+    outer = a.new_zeros(a.shape[:-1])
+    for chunk in products.split(block or max(len(products), 1)):
         inner = torch.zeros_like(outer)
-        for i in range(chunk.shape[-1]):
-            inner = _round(inner + chunk[..., i], accumulator_fmt)
-        outer = inner if block is None else _round(outer + inner, fp32)
+        for product in chunk:
+            inner = nearest(inner + product)
+        outer = inner if block is None else to_fp32(outer + inner)
     return outer

@@ -1,0 +1,36 @@
+# Two commands matter: `make book` and `make test`.  Both set up what they need; neither does work twice.
+# Another interpreter: make book PYTHON=python3.12
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+NOTEBOOKS = $(wildcard book/*.ipynb)
+.DEFAULT_GOAL := help
+.PHONY: help install lint test book serve lab notebooks clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+install: ## make .venv with the pinned packages and fetch the browser files
+	@"$(PYTHON)" tools/install.py
+
+lint: install ## check the code style and that the notebooks are stripped
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) tools/strip_notebooks.py --check $(NOTEBOOKS)
+
+test: book ## build the book, then run every test, every notebook and the site in a real browser
+	@IPYTHONDIR=_build/ipython $(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg tests $(NOTEBOOKS)
+
+book: install ## run the notebooks and build the HTML book, warnings as errors
+	@$(VENV_PYTHON) tools/build_book.py
+
+serve: ## serve the built book on this machine and print the address
+	@"$(PYTHON)" tools/serve.py
+
+lab: install ## open the notebooks in JupyterLab
+	@$(VENV_PYTHON) -m jupyterlab book
+
+notebooks: install ## run all notebooks in place and strip them for committing
+	@$(VENV_PYTHON) tools/strip_notebooks.py --execute $(NOTEBOOKS)
+
+clean: ## remove everything that make created, .venv included
+	@rm -rf _build .assets .venv .ruff_cache .pytest_cache mixprec_lab.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""What the theme gets wrong: a script that breaks every page, and regions a screen reader cannot name."""
+
+from docutils.nodes import document
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+from .paths import TEMPLATES
+
+
+def is_thebe(script: object) -> bool:
+    """Whether a script tag belongs to sphinx-thebe, which declares one constant twice: an error on every page."""
+    body = str(getattr(script, "attributes", {}).get("body", ""))
+    return "THEBE_JS_URL" in body or "sphinx-thebe" in str(getattr(script, "filename", script))
+
+
+def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: document | None) -> None:
+    """Leave sphinx-thebe's scripts and style out: the book runs no code in a remote kernel."""
+    context["script_files"] = [script for script in context["script_files"] if not is_thebe(script)]
+    context["css_files"] = [sheet for sheet in context["css_files"] if "thebe" not in str(sheet.filename)]
+
+
+def use_templates(app: Sphinx, config: Config) -> None:
+    """Our corrected templates come before the theme's."""
+    config.templates_path.insert(0, str(TEMPLATES))
+
+
+def connect(app: Sphinx) -> None:
+    """Late for the page context, so that everyone else has added their scripts."""
+    app.connect("config-inited", use_templates)
+    app.connect("html-page-context", drop_thebe, priority=900)

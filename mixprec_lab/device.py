@@ -1,0 +1,40 @@
+"""Which device this process computes on, and why: one decision, made once, said aloud."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device and the reason it was taken."""
+
+    device: torch.device
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.device}: {self.reason}"
+
+
+def pick() -> Choice:
+    """The device to compute on: ``MIXPREC_DEVICE`` if set, else CUDA if it answers, else the CPU.
+
+    Raises ValueError if ``MIXPREC_DEVICE`` names a device that this machine or torch does not have.
+    """
+    wanted = os.environ.get("MIXPREC_DEVICE")
+    if wanted:
+        return Choice(_probe(wanted), f"set by MIXPREC_DEVICE={wanted}")
+    if torch.cuda.is_available():
+        return Choice(torch.device("cuda"), f"CUDA answers ({torch.cuda.get_device_name()})")
+    return Choice(torch.device("cpu"), "torch sees no CUDA device, so everything runs on the CPU")
+
+
+def _probe(name: str) -> torch.device:
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected MIXPREC_DEVICE to name a device of this machine (cpu, cuda, cuda:1, ...), got {name!r}: "
+            f"unset it, or install a torch build for that device"
+        ) from error

@@ -1,0 +1,33 @@
+"""Interactive figures that work in the page without a kernel and in JupyterLab with one.
+
+Importing ``mixprec_lab`` does not load them (they need anywidget); importing an exhibit from here does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixprec_lab.exhibits.bit_explorer import BitExplorer
+    from mixprec_lab.exhibits.number_line import NumberLine
+    from mixprec_lab.exhibits.stalling_sum import StallingSum
+    from mixprec_lab.exhibits.windows import Windows
+
+_HOMES = {
+    "BitExplorer": "bit_explorer",
+    "NumberLine": "number_line",
+    "StallingSum": "stalling_sum",
+    "Windows": "windows",
+}
+
+__all__ = ["BitExplorer", "NumberLine", "StallingSum", "Windows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

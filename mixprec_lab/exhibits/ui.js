@@ -1,0 +1,194 @@
+// What the exhibits share in the page: elements, labelled controls, state, links.  Text always goes in as text.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(node, attributes, children) {
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+}
+
+export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+
+let counter = 0;
+export const uid = (stem) => `mpl-${stem}-${++counter}`;
+
+// Write text into a node; "2^-12" is shown raised but stays "2^-12" for copying and for assistive technology.
+export function write(node, text) {
+  if (node.dataset.text === text) return;
+  node.dataset.text = text;
+  const parts = text.split(/\^(-?\d+)/);
+  if (parts.length === 1) { node.textContent = text; return; }
+  node.replaceChildren(...parts.map((part, i) =>
+    i % 2 ? h("span", {}, h("span", { class: "mpl-hidden" }, "^"), h("sup", {}, part)) : part));
+}
+
+// The colour of a format, light and dark, for anything of class mpl-fc inside the node.
+export function paintFormat(node, f) {
+  node.classList.add("mpl-fc");
+  node.style.setProperty("--mpl-light", f.colours[0]);
+  node.style.setProperty("--mpl-dark", f.colours[1]);
+  return node;
+}
+
+export function select(label, options, onchange) {
+  const id = uid("select");
+  const field = h("select", { id, onchange: () => onchange(field.value) },
+    ...options.map(([value, text]) => h("option", { value }, text)));
+  return {
+    node: h("div", { class: "mpl-field" }, h("label", { for: id }, label), field),
+    field,
+    show: (value) => { field.value = value; },
+  };
+}
+
+// A native slider with its value in words.
+export function slider(label, { min, max, step = 1, name }, text, oninput) {
+  const id = uid("range"), value = h("span", { class: "mpl-value", "data-value": name });
+  const field = h("input", { id, type: "range", min, max, step, name, oninput: () => oninput(Number(field.value)) });
+  return {
+    node: h("div", { class: "mpl-field mpl-range" }, h("label", { for: id }, label), value, field),
+    field,
+    show: (number) => {
+      field.value = number;
+      const words = text(number);
+      field.setAttribute("aria-valuetext", words);
+      write(value, words);
+    },
+  };
+}
+
+// A text field that acts while one types; text that parse() refuses changes nothing and is named when one leaves it.
+export function textField(label, name, parse, accept) {
+  const id = uid("text"), complaint = h("p", { class: "mpl-error", id: id + "-error", role: "alert" });
+  const read = (complain) => {
+    const { error } = parse(field.value);
+    const shown = error && (complain || complaint.textContent) ? error : "";
+    complaint.textContent = shown;
+    field.setAttribute("aria-invalid", shown ? "true" : "false");
+    if (!error) accept(field.value.trim());
+  };
+  const field = h("input", {
+    id, name, type: "text", autocomplete: "off", spellcheck: "false", "aria-describedby": id + "-error",
+    oninput: () => read(false), onchange: () => read(true),
+  });
+  return {
+    node: h("div", { class: "mpl-field" }, h("label", { for: id }, label), field, complaint),
+    field,
+    show: (text) => {
+      if (field.value.trim() === text) return;
+      field.value = text;
+      complaint.textContent = "";
+      field.setAttribute("aria-invalid", "false");
+    },
+    complain: (words) => { complaint.textContent = words; },
+  };
+}
+
+export const button = (label, onclick, attributes = {}) =>
+  h("button", { type: "button", class: "mpl-button", onclick, ...attributes }, label);
+
+// A table row of cells whose text is found again by data-field.
+export function cells(names) {
+  const found = {}, row = h("tr", {});
+  for (const name of names) row.append(found[name] = h("td", { "data-field": name }));
+  return { row, found };
+}
+
+// A list of terms and values; returns the node and the values' nodes by name.
+export function facts(entries) {
+  const values = {}, node = h("dl", { class: "mpl-facts" });
+  for (const [name, term] of entries) {
+    values[name] = h("dd", { "data-field": name });
+    node.append(h("div", {}, h("dt", {}, term), values[name]));
+  }
+  return { node, values };
+}
+
+// The root element, its title and hint, and the "copy link" row at its end.
+export function frame({ model, el, kind, title, hint }, ...content) {
+  const id = uid("title");
+  const root = h("div", { class: "mpl-exhibit", "data-exhibit": kind, role: "group", "aria-labelledby": id },
+    h("div", { class: "mpl-body" },
+      h("p", { class: "mpl-title", id }, title), h("p", { class: "mpl-hint" }, hint), ...content));
+  el.append(root);
+  return root;
+}
+
+// The state of an exhibit: read it, change several traits with one repaint, follow changes made elsewhere.
+export function follow(model, keys, paint) {
+  let busy = false;
+  const heard = () => { if (!busy) paint(); };
+  for (const key of keys) model.on("change:" + key, heard);
+  return {
+    update(changes) {
+      busy = true;
+      for (const [key, value] of Object.entries(changes)) model.set(key, value);
+      busy = false;
+      model.save_changes();
+      paint();
+    },
+    stop() { for (const key of keys) model.off("change:" + key, heard); },
+  };
+}
+
+// A link that restores the state: #<name>:key=value&...; `restore` gets a plain object of strings and checks it.
+export function links({ model, keys, root, restore }) {
+  const prefix = "#" + model.get("name") + ":";
+  const said = h("span", { role: "status", class: "mpl-muted", "data-field": "link-status" });
+  const id = uid("link"), field = h("input", { id, type: "text", readonly: true, class: "mpl-link" });
+  const shown = h("div", { class: "mpl-field", hidden: true }, h("label", { for: id }, "Link to this state"), field);
+  const address = () => {
+    const state = new URLSearchParams(keys.map((key) => [key, String(model.get(key))]));
+    return location.href.split("#")[0] + prefix + state;
+  };
+  const copy = async () => {
+    const link = address();
+    try {
+      await navigator.clipboard.writeText(link);
+      said.textContent = "Link copied.";
+      shown.hidden = true;
+    } catch {
+      said.textContent = "The clipboard is not available: copy the link from the field.";
+      shown.hidden = false;
+      field.value = link;
+      field.focus();
+      field.select();
+    }
+  };
+  const read = () => {
+    if (!location.hash.startsWith(prefix)) return;
+    restore(Object.fromEntries(new URLSearchParams(location.hash.slice(prefix.length))));
+    root.scrollIntoView({ block: "center" });
+  };
+  root.firstChild.append(h("div", { class: "mpl-foot" }, button("Copy link", copy, { "data-action": "copy-link" }), said,
+    shown));
+  addEventListener("hashchange", read);
+  return { read, stop: () => removeEventListener("hashchange", read) };
+}
+
+// Keep from `raw` what the checks accept: { key: (text) => value or undefined }.
+export function checked(raw, checks) {
+  const state = {};
+  for (const [key, check] of Object.entries(checks)) {
+    const value = raw[key] === undefined ? undefined : check(raw[key]);
+    if (value !== undefined) state[key] = value;
+  }
+  return state;
+}
+
+export const oneOf = (values) => (text) => (values.includes(text) ? text : undefined);
+export const whole = (low, high) => (text) => {
+  const n = Number(text);
+  return text !== "" && Number.isInteger(n) && n >= low && n <= high ? n : undefined;
+};
+
+export const MODES = [
+  ["nearest_even", "to nearest, ties to even"], ["nearest_away", "to nearest, ties away from zero"],
+  ["toward_zero", "toward zero"], ["up", "up, toward +inf"], ["down", "down, toward \u2212inf"],
+];
