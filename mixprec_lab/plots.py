@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mixprec_lab.formats import FORMATS, FloatFormat, FormatLike, get_format
+from mixprec_lab.formats import FormatLike, get_format
 from mixprec_lab.rounding import ROUNDING_MODES, quantize
 
 if TYPE_CHECKING:
