@@ -34,7 +34,7 @@ def _same(got: object, expected: object, relative: float) -> bool:
 
 
 def _check(function: Callable, cases: Iterable[Case], relative: float = 0.0) -> None:
-    """Print the verdict on ``function`` over ``cases``, a list of (arguments, expected result)."""
+    """Print the verdict on ``function`` over ``cases``: (arguments, expected result), drawn one by one."""
     for arguments, expected in cases:
         try:
             got = function(*arguments)
@@ -86,9 +86,12 @@ def stall_point(function: Callable[[float, int], float]) -> None:
     """``rounding``: where a sum of equal increments stops growing in a format with so many mantissa bits."""
     cases = [(1e-7, 10), (1e-7, 7), (1.0, 7), (1.0, 10), (0.75, 3), (3e-4, 7)]
     names = {10: "fp16", 7: "bf16", 3: "fp8_e4m3"}
-    stalls = [float(accumulate(torch.full((4200,), v), names[m])) for v, m in cases]
-    rounded = [float(quantize(torch.tensor(v), names[m])) for v, m in cases]
-    _check(function, [((v, m), stall) for v, (_, m), stall in zip(rounded, cases, stalls, strict=True)])
+
+    def case(v: float, m: int) -> Case:
+        stall = accumulate(torch.full((4200,), v), names[m])
+        return (float(quantize(torch.tensor(v), names[m])), m), float(stall)
+
+    _check(function, (case(v, m) for v, m in cases))
 
 
 def kahan_bf16(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -96,7 +99,7 @@ def kahan_bf16(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     generator = torch.Generator().manual_seed(2)
     samples = [torch.full((1000,), 1e-3), torch.rand(500, generator=generator), torch.randn(300, generator=generator)]
     samples = [s.bfloat16() for s in samples]
-    _check(function, [((s,), accumulate(s, "bf16", "kahan")) for s in samples])
+    _check(function, (((s,), accumulate(s, "bf16", "kahan")) for s in samples))
 
 
 def stochastic_grid(function: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
@@ -128,7 +131,7 @@ def stochastic_grid(function: Callable[[torch.Tensor, torch.Generator], torch.Te
 def true_sum_in_bf16(function: Callable[[torch.Tensor], float]) -> None:
     """``rounding``: a sum whose accumulator really is BF16, not an FP32 sum of BF16 values."""
     samples = [torch.full((1000,), 1e-7), torch.full((1000,), 1.0), torch.arange(40.0)]
-    _check(function, [((s,), float(accumulate(s, "bf16"))) for s in samples])
+    _check(function, (((s,), float(accumulate(s, "bf16"))) for s in samples))
 
 
 def worst_relative_error(function: Callable[[str], float]) -> None:

@@ -90,7 +90,7 @@ def bit_layouts(formats: Iterable[FormatLike], ax: "Axes | None" = None) -> "Axe
 
 
 def relative_gaps(formats: Iterable[FormatLike], low: int = -30, high: int = 20, ax: "Axes | None" = None) -> "Axes":
-    """The gap between neighbours over the value itself, against the value's log2: range is width, precision is depth."""
+    """Gap between neighbours over the value itself, against the value's log2: range is width, precision depth."""
     ax = _axes(ax)
     for fmt in map(get_format, formats):
         first = max(low, round(math.log2(fmt.smallest)))

@@ -175,7 +175,7 @@ def test_a_format_of_your_own_is_a_format(fmt, scalar):
     assert same(decode(encode(x, fmt), fmt).numpy(), expected).all()
 
 
-@pytest.mark.parametrize(("exponent_bits", "mantissa_bits"), list(itertools.product(range(2, 9), (1, 2, 5, 11, 20, 23))))
+@pytest.mark.parametrize(("exponent_bits", "mantissa_bits"), [*itertools.product(range(2, 9), (1, 2, 5, 11, 20, 23))])
 def test_any_split_round_trips(exponent_bits, mantissa_bits):
     fmt = FloatFormat("custom", exponent_bits, mantissa_bits)
     codes = torch.randint(0, 2**fmt.bits, (20_000,), generator=torch.Generator().manual_seed(0))
@@ -204,8 +204,8 @@ def test_published_rounding_edges():
 def test_encode_keeps_shape_and_takes_any_float():
     assert encode(torch.zeros(2, 0, 3), "fp16").shape == (2, 0, 3)
     assert encode(1.5, "fp16").shape == ()
-    codes = [int(encode(torch.tensor(0.5, dtype=d), "fp8_e4m3")) for d in (torch.float16, torch.bfloat16, torch.float64)]
-    assert codes == [0x30] * 3
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert int(encode(torch.tensor(0.5, dtype=dtype), "fp8_e4m3")) == 0x30
     assert torch.equal(encode(torch.ones(4, 4, requires_grad=True).T, "bf16"), torch.full((4, 4), 0x3F80))
 
 
@@ -364,7 +364,7 @@ def test_precision_analyzer_tells_underflow_from_overflow():
 def test_precision_analyzer_accumulates_in_the_format():
     fp32, fp16, bf16 = PrecisionAnalyzer().gradient_accumulation_error(show=False)
     assert fp32.relative_error < 1e-5 and fp32.stalled_after is None
-    assert fp16.increment_error == pytest.approx(0.1921, abs=1e-4) and fp16.relative_error == pytest.approx(0.1921, abs=1e-4)
+    assert (fp16.increment_error, fp16.relative_error) == pytest.approx((0.1921, 0.1921), abs=1e-4)
     assert (bf16.total, bf16.stalled_after) == (2.0**-15, 273)
     long = PrecisionAnalyzer(["fp16"]).gradient_accumulation_error(5000, show=False)[0]
     assert (long.total, long.stalled_after) == (2.0**-12, 2048)

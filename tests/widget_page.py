@@ -21,7 +21,7 @@ background: #fff }} html[data-theme="dark"] body {{ background: #14181e; color: 
 
 def page_of(widgets: Sequence[anywidget.AnyWidget], theme: str = "light") -> str:
     """The HTML of a page that shows ``widgets``, one below the other."""
-    data = embed_data(views=list(widgets))
+    data = embed_data(views=list(widgets), drop_defaults=False)
     views = "".join(
         f'<div class="cell_output"><script type="application/vnd.jupyter.widget-view+json">{json.dumps(spec)}'
         "</script></div>"

@@ -119,7 +119,7 @@ function comparison(formats) {
     body.append(row);
   }
   const head = ["Format", "Value", "Outcome", "Relative error"].map((t) => h("th", { scope: "col" }, t));
-  const node = h("div", { class: "mpl-scroll", role: "region", tabindex: 0, "aria-label": "The number in every format" },
+  const node = h("div", { class: "mpl-scroll", role: "group", tabindex: 0, "aria-label": "The number in every format" },
     h("table", {}, h("caption", {}, "The same number, rounded to every format"),
       h("thead", {}, h("tr", {}, ...head)), body));
   return { node, found };

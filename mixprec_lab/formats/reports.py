@@ -80,7 +80,7 @@ class GradientDistribution:
     def __str__(self) -> str:
         head = f"mean {self.mean:.1e}, std {self.std:.3e}, range {self.smallest:.2e} to {self.largest:.2e}"
         rows = [
-            [get_format(name).title] + [f"{v:.2%}" for v in (s.flushed, s.subnormal, s.normal, s.overflowed)]
+            [get_format(name).title, *(f"{v:.2%}" for v in (s.flushed, s.subnormal, s.normal, s.overflowed))]
             for name, s in self.shares.items()
         ]
         return head + "\n" + text_table(["format", "flushed to 0", "subnormal", "normal", "overflowed"], rows)
@@ -114,10 +114,10 @@ class FormatComparison:
     def __str__(self) -> str:
         headers = ["format", "bits", "smallest subnormal", "smallest normal", "largest", "eps", "digits"]
         rows = [
-            [f.title, f.bits, f"{f.smallest_subnormal:.6e}" if f.smallest_subnormal else "none"]
-            + [f"{f.smallest_normal:.6e}", f"{f.largest:.6e}", f"{f.eps:.6e}", f"{f.decimal_digits:.1f}"]
+            (f.title, f.bits, f"{f.smallest_subnormal:.6e}" if f.smallest_subnormal else "none",
+             f"{f.smallest_normal:.6e}", f"{f.largest:.6e}", f"{f.eps:.6e}", f"{f.decimal_digits:.1f}")
             for f in self.formats
-        ]
+        ]  # fmt: skip
         return text_table(headers, rows) + f"\n\nGradients: {self.gradients}"
 
 
@@ -217,10 +217,10 @@ class PrecisionAnalyzer:
         results = [_accumulate_equal(fmt, steps, increment) for fmt in self.formats]
         if show:
             rows = [
-                [r.format.title, f"{r.increment:.6e}", f"{r.total:.6e}", f"{r.relative_error:.2%}"]
-                + [f"{r.increment_error:.2%}", "no" if r.stalled_after is None else f"after {r.stalled_after}"]
+                (r.format.title, f"{r.increment:.6e}", f"{r.total:.6e}", f"{r.relative_error:.2%}",
+                 f"{r.increment_error:.2%}", "no" if r.stalled_after is None else f"after {r.stalled_after}")
                 for r in results
-            ]
+            ]  # fmt: skip
             headers = ["format", "stored increment", "sum", "error", "error of the increment", "stalled"]
             print(f"{steps} x {increment:g} = {steps * increment:g}\n" + text_table(headers, rows))
         return results

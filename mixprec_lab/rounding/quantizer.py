@@ -108,7 +108,9 @@ def rounder(
 def _check(x: torch.Tensor, fmt: FloatFormat, rounding: str, overflow: str, out: torch.Tensor | None) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype not in _WORKING_DTYPE or x.layout != torch.strided:
         got = f"{x.dtype} {x.layout}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"expected a dense float16, bfloat16, float32 or float64 tensor, got {got}: call .float() first")
+        raise TypeError(
+            f"expected a dense float16, bfloat16, float32 or float64 tensor, got {got}: call .float() first"
+        )
     if rounding not in ROUNDING_MODES:
         raise ValueError(f"expected rounding to be one of {', '.join(ROUNDING_MODES)}, got {rounding!r}")
     if overflow not in OVERFLOW_POLICIES:

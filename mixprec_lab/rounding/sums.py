@@ -43,7 +43,7 @@ def accumulate(
 def running_sum(
     values: torch.Tensor, fmt: FormatLike, method: Method = "naive", generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """All partial sums: element i holds ``accumulate(values[..., : i + 1], fmt, method)``; shape of ``values``, float64.
+    """All partial sums, float64, shape as ``values``: element i is ``accumulate(values[..., : i + 1], fmt, method)``.
 
     The stochastic ones come from one sequence of draws.  ``fp32`` rounds each partial sum on store, while the
     accumulator stays in FP32.  Special values and errors as in ``accumulate``.
@@ -108,11 +108,11 @@ def dot(
 ) -> torch.Tensor:
     """``sum(a * b)`` over the last dimension: operands rounded to one format, the sum kept in another, float64.
 
-    Products of the rounded operands are exact in float64 up to 24-bit operands; each is added to an accumulator that is
+    Products of the rounded operands are exact in float64; each is added to an accumulator that is
     rounded to ``accumulator_fmt`` after every addition.  With ``block``, the accumulator is emptied into an FP32 one
     every ``block`` elements, as DeepSeek-V3 does with N_C = 128 (arXiv:2412.19437, section 3.3.2).
     ``a`` and ``b`` have one shape (..., n); the result has shape (...).
-    Raises ValueError for different shapes, 0-dim tensors, unsigned formats or ``block`` < 1; TypeError as ``accumulate``.
+    Raises ValueError for different shapes, 0-dim tensors, unsigned formats, ``block`` < 1; TypeError as ``accumulate``.
     """
     operand_fmt, a = _prepare(a, operand_fmt, "naive")
     _, b = _prepare(b, operand_fmt, "naive")

@@ -109,7 +109,7 @@ def write_css(app: Sphinx, exception: Exception | None) -> None:
     glyphs = IconSet(SCRIPT.read_text(encoding="utf-8"))
     rules = [glyphs.get(style, name.removeprefix("fa-")).rule(name) for style, name in sorted(used_icons(texts))]
     (static / "icons.css").write_text(PREAMBLE + "".join(rules), encoding="utf-8")
-    for unused in [*static.glob("scripts/fontawesome.js*"), *static.rglob("*.map")]:
+    for unused in {*static.glob("scripts/fontawesome.js*"), *static.rglob("*.map")}:
         unused.unlink()
 
 

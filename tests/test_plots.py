@@ -1,0 +1,84 @@
+"""Figures: what they draw is what the numbers say, and the colours can be told apart."""
+
+import itertools
+
+import matplotlib as mpl
+import pytest
+import torch
+
+from mixprec_lab import plots
+from mixprec_lab.formats import FORMATS, FloatFormat
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    import matplotlib.pyplot as plt
+
+    with mpl.rc_context():
+        yield
+        plt.close("all")
+
+
+def luminance(colour: str) -> float:
+    """WCAG relative luminance."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_a_colour_that_shows_in_both_themes(name):
+    light, dark = plots.FORMAT_COLOURS[name]
+    assert contrast(light, "#ffffff") >= 3 and contrast(dark, "#14181e") >= 3
+
+
+def test_no_two_formats_share_a_colour():
+    for theme in (0, 1):
+        colours = [pair[theme] for pair in plots.FORMAT_COLOURS.values()]
+        assert all(a != b for a, b in itertools.combinations(colours, 2))
+    assert plots.colour(FloatFormat("own", 4, 3)) == "#777777"
+
+
+def test_exponent_histogram_counts_binades():
+    x = torch.tensor([1.0, 1.5, -2.0, 0.0, float("inf"), float("nan"), 2.0**-30, 3.9])
+    exponents, shares = plots.exponent_histogram(x)
+    assert exponents.tolist() == [-30, 0, 1] and (shares * 8).tolist() == [1, 2, 2]
+
+
+def test_bit_layouts_draw_one_cell_a_bit():
+    ax = plots.bit_layouts(["fp16", "fp8_e4m3", "e8m0"])
+    assert len(ax.patches) == 16 + 8 + 8 + 3  # and one patch for each field of the legend
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["FP16", "FP8 E4M3", "E8M0"]
+
+
+def test_windows_span_the_formats_ranges():
+    ax = plots.windows(["fp16"], {"g": torch.randn(100)})
+    normal, subnormal = ax.patches
+    assert (normal.get_x(), normal.get_x() + normal.get_width()) == (-14, 16)
+    assert (subnormal.get_x(), subnormal.get_width()) == (-24, 10)
+
+
+def test_relative_gaps_lie_between_eps_and_half_of_it():
+    (line,) = plots.relative_gaps(["bf16"]).lines
+    assert set(line.get_ydata()) == {2.0**-7, 2.0**-8}
+
+
+def test_rounding_and_error_figures_have_labels():
+    for ax in (
+        plots.rounding_steps("fp4_e2m1", -2, 2),
+        plots.error_against_magnitude(["fp16"], -20, 3),
+        plots.running_sums({"naive": torch.ones(3)}, torch.ones(3), {"naive": "#000000"}),
+    ):
+        assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_style_is_set_once_for_all():
+    plots.use_style()
+    assert mpl.rcParams["axes.grid"] and mpl.rcParams["figure.facecolor"] == "white"
