@@ -17,7 +17,7 @@ lint: install ## check the code style and that the notebooks are stripped
 	@$(VENV_PYTHON) tools/strip_notebooks.py --check $(NOTEBOOKS)
 
 test: book ## build the book, then run every test, every notebook and the site in a real browser
-	@IPYTHONDIR=_build/ipython $(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg tests $(NOTEBOOKS)
+	@IPYTHONDIR="$(CURDIR)/_build/ipython" $(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg $(NOTEBOOKS) tests
 
 book: install ## run the notebooks and build the HTML book, warnings as errors
 	@$(VENV_PYTHON) tools/build_book.py

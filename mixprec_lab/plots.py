@@ -79,6 +79,7 @@ def bit_layouts(formats: Iterable[FormatLike], ax: "Axes | None" = None) -> "Axe
         split = f"{int(fmt.signed)} + {fmt.exponent_bits} + {fmt.mantissa_bits}"
         ax.text(fmt.mantissa_bits + 0.4, row, split, va="center", fontsize=10)
     ax.set_yticks(range(len(chosen)), [f.title for f in chosen])
+    ax.tick_params(length=0)
     ax.invert_yaxis()
     ax.set_xticks([])
     ax.grid(False)
@@ -137,6 +138,8 @@ def windows(formats: Sequence[FormatLike], tensors: Mapping[str, torch.Tensor] |
         bottom.barh(row, fmt.max_exponent + 1 - fmt.min_exponent, left=fmt.min_exponent, height=0.66, color=colour(fmt))
         bottom.barh(row, fmt.min_exponent - low, left=low, height=0.66, color=colour(fmt), alpha=0.4, hatch="///")
     bottom.set_yticks(range(len(chosen)), [f.title for f in chosen])
+    bottom.tick_params(axis="y", length=0)
+    bottom.grid(axis="y", visible=False)
     bottom.invert_yaxis()
     bottom.set_xlabel("log2 of the magnitude (solid: normal, hatched: subnormal)")
     return bottom
@@ -171,7 +174,7 @@ def error_against_magnitude(formats: Iterable[FormatLike], low: int, high: int) 
     ax.set_ylim(2.0**-16, 2)
     ax.set_xlabel("log2 of the value")
     ax.set_ylabel("relative error")
-    ax.legend(markerscale=5)
+    ax.legend(markerscale=5, ncols=len(ax.lines) // 2, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     return ax
 
 

@@ -20,9 +20,25 @@ BUILD = ROOT / "_build"
 HTML = BUILD / "html"
 STAMP = BUILD / "book.sha256"
 LOG = BUILD / "book.log"
-SOURCES = ("_config.yml", "_toc.yml", "requirements.txt", "pyproject.toml", "tools/assets.json", "tools/build_book.py", "book", "mixprec_lab")
+SOURCES = (
+    "_config.yml", "_toc.yml", "requirements.txt", "pyproject.toml", "tools/assets.json", "tools/build_book.py",
+    "book", "mixprec_lab",
+)  # fmt: skip
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 SETTINGS = ("REPOSITORY_URL", "MIXPREC_DEVICE")
+TOP_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Mixed-Precision Training Lab</title>
+<link rel="icon" href="_static/favicon.svg" type="image/svg+xml">
+<meta http-equiv="refresh" content="0; url=book/index.html">
+</head>
+<body><p><a href="book/index.html">Mixed-Precision Training Lab</a></p></body>
+</html>
+"""
 OPEN_THIS = "Open _build/html/index.html in a browser, or run 'make serve'."
 
 
@@ -31,7 +47,8 @@ def source_files() -> list[Path]:
     found = []
     for name in SOURCES:
         path = ROOT / name
-        found += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not IGNORED & set(p.parts))
+        inside = [path] if path.is_file() else sorted(path.rglob("*"))
+        found += [p for p in inside if p.is_file() and not IGNORED & set(p.parts)]
     return found
 
 
@@ -70,8 +87,8 @@ def report_failure(code: int) -> None:
     """Print what matters of the log: the warnings and errors, then the end."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", LOG.read_text(errors="replace"))
     lines = text.splitlines()
-    flagged = [line for line in lines if re.search(r"\b(WARNING|ERROR|SEVERE)\b", line)]
-    print("\n".join(dict.fromkeys(flagged)) + "\n" if flagged else "", "\n".join(lines[-45:]), sep="\n", file=sys.stderr)
+    flagged = [line for line in lines if re.search(r"\b(WARNING|ERROR|SEVERE):", line)]
+    print(*lines[-45:], "", *dict.fromkeys(flagged), sep="\n", file=sys.stderr)
     print(f"The book was not built (exit code {code}; full output: {LOG.relative_to(ROOT)}).", file=sys.stderr)
 
 
@@ -99,6 +116,7 @@ def main() -> int:
         report_failure(code)
         forget_pages()
         return code or 1
+    (HTML / "index.html").write_text(TOP_PAGE, encoding="utf-8")
     STAMP.write_text(wanted)
     print(f"The book was built in {time.monotonic() - start:.0f} s. {OPEN_THIS}")
     return 0

@@ -40,13 +40,16 @@ def download(name: str, version: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         if any(sign in done.stderr for sign in OFFLINE):
-            sys.exit(f"Fetching {name} {version} needs the network, and the npm registry cannot be reached: connect, then repeat.")
+            sys.exit(
+                f"Fetching {name} {version} needs the network, and the npm registry cannot be reached: "
+                "connect, then repeat."
+            )
         sys.exit(f"{done.stderr.strip()}\nnpm could not fetch {name} {version}.")
     return next(folder.glob("*.tgz"))
 
 
 def unpack(tarball: Path, destination: Path) -> None:
-    """Put the tarball's ``package/`` at ``destination``, in one rename, so that an interruption leaves nothing half-done."""
+    """Put the tarball's ``package/`` at ``destination``, in one rename, so that nothing is ever half-done."""
     scratch = tarball.parent / "unpacked"
     with tarfile.open(tarball) as archive:
         archive.extractall(scratch, filter="data")

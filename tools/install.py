@@ -30,9 +30,8 @@ def refuse_old_python():
     if sys.version_info < (3, 11):  # noqa: UP036 - this very check is for older ones
         have = "{}.{}.{}".format(*sys.version_info[:3])
         sys.exit(
-            "Python 3.11 or newer is needed, and {} is Python {}: run make with PYTHON=/path/to/a/newer/python3.".format(  # noqa: UP032
-                sys.executable, have
-            )
+            f"Python 3.11 or newer is needed, and {sys.executable} is Python {have}: "
+            "run make with PYTHON=/path/to/a/newer/python3."
         )
 
 
@@ -58,10 +57,10 @@ def wanted_state():
 
 def installed_state():
     """The state the stamp remembers; empty if there is no stamp or the environment's Python no longer runs."""
-    if not STAMP.is_file():
+    python = VENV / "bin" / "python"
+    if not (STAMP.is_file() and python.is_file()):  # is_file is false for a link to an interpreter that is gone
         return {}
-    runs = subprocess.run([VENV / "bin" / "python", "-c", ""], capture_output=True, check=False)
-    if runs.returncode:
+    if subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode:
         return {}
     try:
         return json.loads(STAMP.read_text())

@@ -103,8 +103,8 @@ def percent(share: float) -> str:
     """A share as a percentage with two decimals; ``'<0.01 %'`` and ``'>99.99 %'`` near the ends, a dash for NaN."""
     if math.isnan(share):
         return "\u2014"
-    if share <= 0 or share >= 1:
-        return "0 %" if share <= 0 else "100 %"
+    if share < 1e-12 or share > 1 - 1e-12:
+        return "0 %" if share < 0.5 else "100 %"
     if share < 0.0001 or share > 0.9999:
         return "<0.01 %" if share < 0.5 else ">99.99 %"
     return f"{Decimal(100 * share).quantize(Decimal('0.01'), rounding=ROUND_HALF_UP)} %"

@@ -3,8 +3,8 @@
 import { decode, encode, exponentOf, fieldsOf, isNegative, kindOf, neighbours, quantize, relativeError,
   ulp } from "./float.js";
 import { errorText, exactDecimal, parseNumber, powerForm, shortest, significant } from "./text.js";
-import { MODES, button, cells, checked, facts, follow, frame, h, links, oneOf, paintFormat, select, textField,
-  whole, write } from "./ui.js";
+import { MODES, button, cells, checked, facts, follow, frame, h, links, oneOf, rowHead, select, table,
+  textField, whole, write } from "./ui.js";
 
 const KEYS = ["format", "text", "code", "rounding", "overflow"];
 const NONE = "\u2014";
@@ -109,20 +109,16 @@ function bitButtons(f, toggle) {
 }
 
 function comparison(formats) {
-  const body = h("tbody", {}), found = {};
-  for (const [name, f] of Object.entries(formats)) {
+  const found = {};
+  const rows = Object.entries(formats).map(([name, f]) => {
     const { row, found: tds } = cells([`${name}-value`, `${name}-outcome`, `${name}-error`]);
-    const title = h("span", { class: "mpl-name" }, f.title);
-    row.prepend(h("th", { scope: "row" }, paintFormat(title, f)));
+    row.prepend(rowHead(f));
     row.dataset.format = name;
     Object.assign(found, tds);
-    body.append(row);
-  }
-  const head = ["Format", "Value", "Outcome", "Relative error"].map((t) => h("th", { scope: "col" }, t));
-  const node = h("div", { class: "mpl-scroll", role: "group", tabindex: 0, "aria-label": "The number in every format" },
-    h("table", {}, h("caption", {}, "The same number, rounded to every format"),
-      h("thead", {}, h("tr", {}, ...head)), body));
-  return { node, found };
+    return row;
+  });
+  const heads = ["Format", "Value", "Outcome", "Relative error"];
+  return { node: table("The same number, rounded to every format", heads, rows), rows, found };
 }
 
 function render({ model, el }) {
@@ -142,16 +138,15 @@ function render({ model, el }) {
   const previous = button("Previous code", () => toCode(model.get("code") - 1), { "data-action": "previous" });
   const next = button("Next code", () => toCode(model.get("code") + 1), { "data-action": "next" });
   const place = h("div", { class: "mpl-place" });
-  const list = facts([["value", "Value"], ["power", "As m \u00d7 2^e"], ["class", "Class"], ["sign", "Sign bit"],
+  const list = facts([["value", "Value"], ["power", "Exact form"], ["class", "Class"], ["sign", "Sign bit"],
     ["exponent", "Exponent field"], ["fraction", "Fraction field"], ["formula", "Reads as"], ["gap", "Gap (ulp)"],
     ["below", "Neighbour below"], ["above", "Neighbour above"]]);
-  write(list.node.children[1].firstChild, "As m \u00d7 2^e");
   const code = h("output", { "data-field": "code", "aria-live": "polite" });
-  const table = comparison(formats);
+  const others = comparison(formats);
   const root = frame({ model, el, kind: "bit-explorer", title: "Bit explorer",
     hint: "Toggle a bit, or type a number, and watch what the format makes of it." },
   h("div", { class: "mpl-controls" }, format.node, number.node, rounding.node, overflow.node), place,
-  h("div", { class: "mpl-row" }, previous, next, h("span", {}, "Code ", code)), list.node, table.node);
+  h("div", { class: "mpl-row" }, previous, next, h("span", {}, "Code ", code)), list.node, others.node);
   let drawn = null, bits = null;
   const toggle = (i) => {
     const now = model.get("code"), one = Math.floor(now / 2 ** i) % 2;
@@ -177,9 +172,9 @@ function render({ model, el }) {
     previous.disabled = now.code === 0;
     next.disabled = now.code === 2 ** f.bits - 1;
     for (const [key, text] of Object.entries(texts(now, formats))) {
-      write(list.values[key] ?? table.found[key] ?? code, text);
+      write(list.values[key] ?? others.found[key] ?? code, text);
     }
-    for (const row of root.querySelectorAll("tbody tr")) {
+    for (const row of others.rows) {
       row.classList.toggle("mpl-current", row.dataset.format === now.format);
     }
   };

@@ -98,8 +98,8 @@ export function powerForm(v) {
 // A share as a percentage with two decimals; tiny and almost full ones say so.
 export function percent(share) {
   if (share !== share) return "\u2014";
-  if (share <= 0) return "0 %";
-  if (share >= 1) return "100 %";
+  if (share < 1e-12) return "0 %";
+  if (share > 1 - 1e-12) return "100 %";
   if (share < 0.0001) return "<0.01 %";
   if (share > 0.9999) return ">99.99 %";
   return (100 * share).toFixed(2) + " %";

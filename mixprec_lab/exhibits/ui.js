@@ -22,7 +22,7 @@ export const uid = (stem) => `mpl-${stem}-${++counter}`;
 export function write(node, text) {
   if (node.dataset.text === text) return;
   node.dataset.text = text;
-  const parts = text.split(/\^(-?\d+)/);
+  const parts = text.split(/\^(-?\d+(?:\.\d+)?)/);
   if (parts.length === 1) { node.textContent = text; return; }
   node.replaceChildren(...parts.map((part, i) =>
     i % 2 ? h("span", {}, h("span", { class: "mpl-hidden" }, "^"), h("sup", {}, part)) : part));
@@ -93,6 +93,29 @@ export function textField(label, name, parse, accept) {
 export const button = (label, onclick, attributes = {}) =>
   h("button", { type: "button", class: "mpl-button", onclick, ...attributes }, label);
 
+// Call draw(width) now and whenever the node's width changes; returns what ends it.
+export function onWidth(node, draw) {
+  let last = 0;
+  const look = () => {
+    const width = Math.round(node.clientWidth);
+    if (width > 0 && width !== last) draw(last = width);
+  };
+  const observer = new ResizeObserver(look);
+  observer.observe(node);
+  look();
+  return () => observer.disconnect();
+}
+
+// "2^e" as SVG text with a raised exponent.
+export function powerLabel(e, attributes) {
+  return svg("text", attributes, "2", svg("tspan", { dy: -5, "font-size": 9 }, String(e).replace("-", "\u2212")));
+}
+
+export const move = (node, attributes) => {
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
+};
+
 // A table row of cells whose text is found again by data-field.
 export function cells(names) {
   const found = {}, row = h("tr", {});
@@ -136,6 +159,17 @@ export function follow(model, keys, paint) {
     stop() { for (const key of keys) model.off("change:" + key, heard); },
   };
 }
+
+// A table that scrolls in its own box where the page is narrow.
+export function table(caption, heads, rows) {
+  return h("div", { class: "mpl-scroll", role: "group", tabindex: 0, "aria-label": caption },
+    h("table", {}, h("caption", {}, caption),
+      h("thead", {}, h("tr", {}, ...heads.map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, ...rows)));
+}
+
+// The row header of a format, with its colour.
+export const rowHead = (f, ...more) =>
+  h("th", { scope: "row" }, paintFormat(h("span", { class: "mpl-name" }, f.title), f), ...more);
 
 // A link that restores the state: #<name>:key=value&...; `restore` gets a plain object of strings and checks it.
 export function links({ model, keys, root, restore }) {
@@ -183,12 +217,35 @@ export function checked(raw, checks) {
 }
 
 export const oneOf = (values) => (text) => (values.includes(text) ? text : undefined);
+export const finite = (text) => (text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : undefined);
 export const whole = (low, high) => (text) => {
   const n = Number(text);
   return text !== "" && Number.isInteger(n) && n >= low && n <= high ? n : undefined;
 };
 
+// A drawing as wide as its place, redrawn when that changes, so that its text keeps its size on a phone.
+export function drawing(height, draw) {
+  let width = 0;
+  const node = svg("svg", { role: "img", height });
+  const observer = new ResizeObserver(() => {
+    const now = Math.round(node.clientWidth);
+    if (now && now !== width) { width = now; draw(); }
+  });
+  observer.observe(node);
+  return {
+    node,
+    stop: () => observer.disconnect(),
+    // Replace the picture: `make(width, height)` returns its parts; `label` says in words what it shows.
+    show(label, make) {
+      width = Math.round(node.clientWidth) || width || 680;
+      node.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      node.setAttribute("aria-label", label);
+      node.replaceChildren(...make(width, height));
+    },
+  };
+}
+
 export const MODES = [
-  ["nearest_even", "to nearest, ties to even"], ["nearest_away", "to nearest, ties away from zero"],
-  ["toward_zero", "toward zero"], ["up", "up, toward +inf"], ["down", "down, toward \u2212inf"],
+  ["nearest_even", "nearest, ties to even"], ["nearest_away", "nearest, ties away"],
+  ["toward_zero", "toward zero"], ["up", "up (to +inf)"], ["down", "down (to \u2212inf)"],
 ];

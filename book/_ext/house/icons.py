@@ -105,11 +105,13 @@ def write_css(app: Sphinx, exception: Exception | None) -> None:
     out = Path(app.outdir)
     static = out / "_static"
     scripts = [static / "scripts/sphinx-book-theme.js", static / "scripts/pydata-sphinx-theme.js"]
-    texts = [p.read_text(encoding="utf-8") for p in [*out.rglob("*.html"), *scripts]]
+    pages = [p for p in out.rglob("*.html") if static not in p.parents]
+    texts = [p.read_text(encoding="utf-8") for p in [*pages, *scripts]]
     glyphs = IconSet(SCRIPT.read_text(encoding="utf-8"))
     rules = [glyphs.get(style, name.removeprefix("fa-")).rule(name) for style, name in sorted(used_icons(texts))]
     (static / "icons.css").write_text(PREAMBLE + "".join(rules), encoding="utf-8")
-    for unused in {*static.glob("scripts/fontawesome.js*"), *static.rglob("*.map")}:
+    # The script, the theme's source maps and its raw templates are of no use to a reader.
+    for unused in {*static.glob("scripts/fontawesome.js*"), *static.rglob("*.map"), *static.glob("*webpack-macros.html")}:
         unused.unlink()
 
 

@@ -19,6 +19,20 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doc
     context["css_files"] = [sheet for sheet in context["css_files"] if "thebe" not in str(sheet.filename)]
 
 
+#: Markup of Sphinx and its extensions that a screen reader stumbles over, and what it should have been: a label that
+#: hides the visible words of a fold, and a list whose entries are not list items.
+REPAIRS = (
+    (' aria-label="Toggle hidden content"', ""),
+    ('role="doc-biblioentry"', 'role="listitem"'),
+)
+
+
+def repair_markup(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: document | None) -> None:
+    """Apply ``REPAIRS`` to the body of a page."""
+    for wrong, right in REPAIRS:
+        context["body"] = context.get("body", "").replace(wrong, right)
+
+
 def use_templates(app: Sphinx, config: Config) -> None:
     """Our corrected templates come before the theme's."""
     config.templates_path.insert(0, str(TEMPLATES))
@@ -28,3 +42,4 @@ def connect(app: Sphinx) -> None:
     """Late for the page context, so that everyone else has added their scripts."""
     app.connect("config-inited", use_templates)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", repair_markup, priority=900)

@@ -1,0 +1,146 @@
+"""Fixtures shared by the tests: the built book on a local port or as files, and one Chromium to read it with."""
+
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+READY = """async () => {
+  await window.MathJax?.startup?.promise;
+  const views = document.querySelectorAll('script[type="application/vnd.jupyter.widget-view+json"]').length;
+  const done = document.querySelectorAll('[data-widget="ready"], [data-widget="error"]').length;
+  return document.readyState === "complete" && views === done;
+}"""
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files and prints nothing."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class Visit:
+    """One opened page and everything that went wrong on it."""
+
+    def __init__(self, page) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.console_errors: list[str] = []
+        self.page_errors: list[str] = []
+        self.failed: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("requestfailed", lambda request: self.failed.append(f"{request.url}: {request.failure}"))
+        page.on("response", self._check_response)
+        page.on("console", self._check_message)
+        page.on("pageerror", lambda error: self.page_errors.append(str(error)))
+
+    def _check_response(self, response) -> None:
+        if response.status >= 400:
+            self.failed.append(f"{response.url}: {response.status}")
+
+    def _check_message(self, message) -> None:
+        if message.type == "error":
+            self.console_errors.append(message.text)
+
+    @property
+    def external(self) -> list[str]:
+        """The requests that left this machine."""
+        return [
+            url
+            for url in self.requests
+            if urlsplit(url).scheme not in ("file", "data", "blob") and urlsplit(url).hostname != "127.0.0.1"
+        ]
+
+    @property
+    def problems(self) -> dict[str, list[str]]:
+        """Everything that must be empty, by kind; {} when all is well."""
+        kinds = {
+            "requests to elsewhere": self.external,
+            "failed requests": self.failed,
+            "console errors": self.console_errors,
+            "page errors": self.page_errors,
+        }
+        return {kind: found for kind, found in kinds.items() if found}
+
+
+def find_chromium() -> str | None:
+    """The browser to test with: $CHROMIUM, else the first known name on the PATH."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """One headless Chromium for the whole run; without one, skip on a desk and fail in CI."""
+    executable = find_chromium()
+    if executable is None:
+        stop = pytest.fail if os.environ.get("CI") else pytest.skip
+        stop("no Chromium found: install it, or name one with CHROMIUM=/path/to/chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[str]:
+    """The address of the built book, served on a free local port, without a trailing slash."""
+    if not (HTML / "index.html").is_file():
+        pytest.fail("there is no built book: run 'make book' (or 'make test') first")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(HTML)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def contexts(browser) -> Iterator[Callable]:
+    """``contexts(theme, width)``: one browser context for each pair, kept for the whole run."""
+    made = {}
+
+    def get(theme: str, width: int):
+        key = theme, width
+        if key not in made:
+            viewport = {"width": width, "height": 900}
+            made[key] = browser.new_context(viewport=viewport, color_scheme=theme, reduced_motion="reduce")
+        return made[key]
+
+    yield get
+    for context in made.values():
+        context.close()
+
+
+@pytest.fixture
+def open_page(contexts, site) -> Iterator[Callable[..., Visit]]:
+    """``open_page("book/formats.html", theme="light", width=1280, scheme="http")`` -> a loaded ``Visit``.
+
+    It returns when the mathematics is set and every exhibit is ready (or has failed).
+    """
+    opened = []
+
+    def open_(path: str, theme: str = "light", width: int = 1280, scheme: str = "http") -> Visit:
+        page = contexts(theme, width).new_page()
+        opened.append(page)
+        visit = Visit(page)
+        page.goto((HTML / path).as_uri() if scheme == "file" else f"{site}/{path}")
+        page.wait_for_function(READY, timeout=20_000)
+        return visit
+
+    yield open_
+    for page in opened:
+        page.close()
