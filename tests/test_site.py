@@ -1,4 +1,4 @@
-"""The built book in a real browser: self-contained, silent, accessible, fit for small screens, and fine as plain files."""
+"""The built book in a real browser: self-contained, silent, accessible, good on a phone and as plain files."""
 
 import gzip
 import json

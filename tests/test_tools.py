@@ -86,7 +86,8 @@ def test_asset_with_the_wrong_hash_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_asset_without_a_network_is_one_sentence(tmp_path):
-    environment = os.environ | {"npm_config_registry": "http://127.0.0.1:9/", "npm_config_cache": str(tmp_path / "cache")}
+    nowhere = {"npm_config_registry": "http://127.0.0.1:9/", "npm_config_cache": str(tmp_path / "cache")}
+    environment = os.environ | nowhere
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tools'); import fetch_assets as f;"
         f"f.fetch('mathjax', '3.2.2', 'sha512-x', pathlib.Path({str(tmp_path / 'out')!r}))"

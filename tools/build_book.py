@@ -1,4 +1,4 @@
-"""Build the book into _build/html: run what has to run, treat every warning as an error, skip it all if nothing changed.
+"""Build the book into _build/html: every warning is an error, and nothing is done if nothing changed.
 
 The build is keyed by a hash of everything that goes into it.  Pages are always written anew when the hash differs (a
 second or two each); notebooks run again only if the library, the data or the pins changed, or the notebook itself,

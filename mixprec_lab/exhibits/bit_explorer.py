@@ -92,7 +92,8 @@ class BitExplorer(Exhibit):
                 raise t.TraitError(f"expected a number that {fmt.title} has a code for, got nan")
             self.set_trait("text", "0")
             value = 0.0
-        self.code = fmt.nan_code if math.isnan(value) else int(encode(value, fmt))
+        # A negative number that overflows to NaN keeps its sign bit, as encode() has it.
+        self.code = int(encode(self.number if math.isnan(value) else value, fmt))
 
     @property
     def number(self) -> float:

@@ -61,9 +61,7 @@ function roundMagnitude(magnitude, negative, f, mode, random) {
 function quantizeUnsigned(x, f, mode, overflow, random) {
   if (x < 0 || (x === 0 && overflow === "native")) return NaN;
   const rounded = roundMagnitude(Math.abs(x), false, f, mode, random);
-  if (rounded > f.largest && overflow === "native") {
-    return Number.isFinite(overflowed(x, false, f, mode, overflow)) ? f.largest : NaN;
-  }
+  if (rounded > f.largest && overflow === "native") return NaN;
   return Math.min(Math.max(rounded, f.smallest), f.largest);
 }
 
@@ -75,10 +73,11 @@ function magnitudeCode(value, f) {
   return Math.max(field * scale + value / pow2(binade - f.mantissa_bits) - scale, 0);
 }
 
-// The code of x rounded to f; null for a NaN in a format that has none.
+// The code of x rounded to f; null for a NaN in a format that has none.  A negative number that overflows to NaN
+// keeps its sign bit.
 export function encode(x, f, mode = "nearest_even", overflow = "native", random = 0) {
   const value = quantize(x, f, mode, overflow, random);
-  if (value !== value) return f.nan_code;
+  if (value !== value) return x < 0 && f.signed && f.has_negative_zero ? f.nan_code + 2 ** (f.bits - 1) : f.nan_code;
   const code = value === Infinity || value === -Infinity ? f.inf_code : magnitudeCode(Math.abs(value), f);
   return isNegative(value) ? code + 2 ** (f.bits - 1) : code;
 }

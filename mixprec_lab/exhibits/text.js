@@ -64,10 +64,11 @@ export const shortest = (v) => special(v) ?? laidOut(v, Math.abs(v).toExponentia
 // v to that many significant digits, trailing zeros dropped.
 export const significant = (v, digits) => special(v) ?? laidOut(v, Math.abs(v).toExponential(digits - 1));
 
-// The odd integer m and the exponent e of |v| = m * 2^e, v finite and not zero.
+// The odd integer m and the exponent e of |v| = m * 2^e; null for v below 2^-970, too small for any format.
 function oddPart(v) {
-  let e = Math.max(exponentOf(v), -1022) - 52, m = BigInt(Math.abs(v) / pow2(Math.max(e, -1022)));
+  let e = exponentOf(v) - 52;
   if (e < -1022) return null;
+  let m = BigInt(Math.abs(v) / pow2(e));
   while (m % 2n === 0n) { m /= 2n; e += 1; }
   return [m, e];
 }

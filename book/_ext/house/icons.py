@@ -111,7 +111,8 @@ def write_css(app: Sphinx, exception: Exception | None) -> None:
     rules = [glyphs.get(style, name.removeprefix("fa-")).rule(name) for style, name in sorted(used_icons(texts))]
     (static / "icons.css").write_text(PREAMBLE + "".join(rules), encoding="utf-8")
     # The script, the theme's source maps and its raw templates are of no use to a reader.
-    for unused in {*static.glob("scripts/fontawesome.js*"), *static.rglob("*.map"), *static.glob("*webpack-macros.html")}:
+    patterns = ("scripts/fontawesome.js*", "**/*.map", "*webpack-macros.html")
+    for unused in {path for pattern in patterns for path in static.glob(pattern)}:
         unused.unlink()
 
 
