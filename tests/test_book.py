@@ -8,6 +8,7 @@ import json
 
 import nbformat
 import pytest
+import yaml
 from conftest import HTML, ROOT
 
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -38,6 +39,13 @@ def pairs() -> list:
             if "exercise" in tags(cell):
                 found.append(pytest.param(cell, after, id=f"{path.stem}-{cell.id}"))
     return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_in_the_table_of_contents(path):
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]}
+    assert f"book/{path.stem}" in listed
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

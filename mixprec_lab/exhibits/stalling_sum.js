@@ -68,7 +68,8 @@ const apart = (exact, got) => (exact === got ? 0 : Math.abs(got - exact) / Math.
 export function texts({ f, wanted, addend, exact, total, stall }, state) {
   const at = `${significant(total, 7)} = ${powerForm(total)}`;
   let verdict = `${state.count} additions, no stall.`;
-  if (stall === 0) verdict = `The addend is flushed to zero in ${f.title}: the sum never leaves it.`;
+  if (!Number.isFinite(total)) verdict = `${state.count} additions leave the range of ${f.title}: the sum is ${significant(total, 7)}.`;
+  else if (stall === 0) verdict = `The addend is flushed to zero in ${f.title}: the sum never leaves it.`;
   else if (stall !== null) verdict = `Stalls after ${stall} additions at ${at}.`;
   else if (state.method !== "naive") verdict = `${state.count} additions, sum ${at}.`;
   return {

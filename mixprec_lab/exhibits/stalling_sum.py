@@ -90,6 +90,8 @@ class StallingSum(Exhibit):
 
     def _verdict(self, sums: torch.Tensor, fmt: FloatFormat) -> str:
         total = float(sums[-1])
+        if not math.isfinite(total):
+            return f"{self.count} additions leave the range of {fmt.title}: the sum is {significant(total, 7)}."
         at = f"{significant(total, 7)} = {power_form(total)}"
         if self.method != "naive":
             return f"{self.count} additions, sum {at}."

@@ -15,8 +15,10 @@ function fill(node, attributes, children) {
 export const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 export const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
+// Ids of one page must differ although every exhibit brings its own copy of this module.
+const instance = Math.random().toString(36).slice(2, 8);
 let counter = 0;
-export const uid = (stem) => `mpl-${stem}-${++counter}`;
+export const uid = (stem) => `mpl-${stem}-${instance}-${++counter}`;
 
 // Write text into a node; "2^-12" is shown raised but stays "2^-12" for copying and for assistive technology.
 export function write(node, text) {
@@ -93,29 +95,6 @@ export function textField(label, name, parse, accept) {
 export const button = (label, onclick, attributes = {}) =>
   h("button", { type: "button", class: "mpl-button", onclick, ...attributes }, label);
 
-// Call draw(width) now and whenever the node's width changes; returns what ends it.
-export function onWidth(node, draw) {
-  let last = 0;
-  const look = () => {
-    const width = Math.round(node.clientWidth);
-    if (width > 0 && width !== last) draw(last = width);
-  };
-  const observer = new ResizeObserver(look);
-  observer.observe(node);
-  look();
-  return () => observer.disconnect();
-}
-
-// "2^e" as SVG text with a raised exponent.
-export function powerLabel(e, attributes) {
-  return svg("text", attributes, "2", svg("tspan", { dy: -5, "font-size": 9 }, String(e).replace("-", "\u2212")));
-}
-
-export const move = (node, attributes) => {
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  return node;
-};
-
 // A table row of cells whose text is found again by data-field.
 export function cells(names) {
   const found = {}, row = h("tr", {});
@@ -181,7 +160,7 @@ export function links({ model, keys, root, restore }) {
     const state = new URLSearchParams(keys.map((key) => [key, String(model.get(key))]));
     return location.href.split("#")[0] + prefix + state;
   };
-  const copy = async () => {
+  const copyLink = async () => {
     const link = address();
     try {
       await navigator.clipboard.writeText(link);
@@ -200,7 +179,7 @@ export function links({ model, keys, root, restore }) {
     restore(Object.fromEntries(new URLSearchParams(location.hash.slice(prefix.length))));
     root.scrollIntoView({ block: "center" });
   };
-  root.firstChild.append(h("div", { class: "mpl-foot" }, button("Copy link", copy, { "data-action": "copy-link" }), said,
+  root.firstChild.append(h("div", { class: "mpl-foot" }, button("Copy link", copyLink, { "data-action": "copy-link" }), said,
     shown));
   addEventListener("hashchange", read);
   return { read, stop: () => removeEventListener("hashchange", read) };

@@ -1,4 +1,6 @@
-"""What the theme gets wrong: a script that breaks every page, and regions a screen reader cannot name."""
+"""What the theme gets wrong: idle scripts, one that breaks every page, and parts a screen reader cannot name."""
+
+import re
 
 from docutils.nodes import document
 from sphinx.application import Sphinx
@@ -19,6 +21,8 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doc
     context["css_files"] = [sheet for sheet in context["css_files"] if "thebe" not in str(sheet.filename)]
 
 
+#: What MathJax would look at: its classes as Sphinx and MyST-NB write them.
+MATH = re.compile(r'class="[^"]*\b(math|tex2jax_process|mathjax_process|output_area)\b')
 #: Markup of Sphinx and its extensions that a screen reader stumbles over, and what it should have been: a label that
 #: hides the visible words of a fold, and a list whose entries are not list items.
 REPAIRS = (
@@ -33,6 +37,12 @@ def repair_markup(app: Sphinx, pagename: str, templatename: str, context: dict, 
         context["body"] = context.get("body", "").replace(wrong, right)
 
 
+def drop_idle_mathjax(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: document | None) -> None:
+    """Load MathJax, half of a page's weight and most of its start-up time, only where there is something to set."""
+    if not MATH.search(context.get("body", "")):
+        context["script_files"] = [s for s in context["script_files"] if "mathjax" not in str(s.filename)]
+
+
 def use_templates(app: Sphinx, config: Config) -> None:
     """Our corrected templates come before the theme's."""
     config.templates_path.insert(0, str(TEMPLATES))
@@ -43,3 +53,4 @@ def connect(app: Sphinx) -> None:
     app.connect("config-inited", use_templates)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("html-page-context", repair_markup, priority=900)
+    app.connect("html-page-context", drop_idle_mathjax, priority=900)
