@@ -1,11 +1,15 @@
-"""A page with live widgets and nothing else: the state as MyST-NB embeds it, and the host script of the book."""
+"""Exhibits to test, and a page with them and nothing else: the state as MyST-NB embeds it, and the host script of the book."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import anywidget
+import torch
 from ipywidgets.embed import embed_data
+
+from mixprec_lab.exhibits import BitExplorer, NumberLine, StallingSum, Windows
+from mixprec_lab.formats import FORMATS
 
 HOST = Path(__file__).parents[1] / "book" / "_ext" / "static" / "widget-host.js"
 
@@ -29,3 +33,27 @@ def page_of(widgets: Sequence[anywidget.AnyWidget], theme: str = "light") -> str
     )
     state = json.dumps(data["manager_state"]).replace("</", "<\\/")
     return _PAGE.format(theme=theme, views=views, state=state, host=HOST.read_text(encoding="utf-8"))
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Two recordings: small gradients with a few zeros, and values on every threshold of FP16."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(3000, generator=generator) * 2e-6
+    gradients[:30] = 0.0
+    fp16 = FORMATS["fp16"]
+    edges = [2.0**-25, 2.0**-24, fp16.smallest_normal - 2.0**-25, fp16.smallest_normal, 65504.0, 65520.0, 70000.0]
+    return {"gradients": gradients, "edges": torch.tensor([*edges, *(-e for e in edges)])}
+
+
+MAKERS = {
+    "bit-explorer": lambda: BitExplorer(name="bits"),
+    "windows": lambda: Windows.from_tensors(tensors(), name="win"),
+    "stalling-sum": lambda: StallingSum(count=400, name="sum"),
+    "number-line": lambda: NumberLine(name="line"),
+}
+STATE = {
+    "bit-explorer": ("format", "text", "code", "rounding", "overflow"),
+    "windows": ("source", "centre", "spread", "scale"),
+    "stalling-sum": ("addend", "count", "format", "method", "seed"),
+    "number-line": ("x", "first", "second", "rounding", "centre", "zoom"),
+}

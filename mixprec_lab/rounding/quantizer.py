@@ -228,11 +228,15 @@ def _by_scaling(fmt: FloatFormat, lay: _Layout, rounding: str) -> Kernel:
 
 def _random_fraction(like: torch.Tensor, bits: int, generator: torch.Generator | None) -> torch.Tensor:
     """Uniform multiples of ``2**-bits`` in [0, 1): few enough bits that adding one to an integer in range is exact."""
-    integer = _LAYOUTS[like.dtype].integer
-    words = like.numel() if integer == torch.int64 else (like.numel() + 1) // 2
-    # Filling 64-bit words and reading them as 32-bit halves is the cheapest generator torch has on a CPU.
+    # Filling 64-bit words is the cheapest generator torch has on a CPU; each holds as many draws as their bits allow.
+    integer = torch.int16 if bits <= 16 else _LAYOUTS[like.dtype].integer
+    per_word = 8 // integer.itemsize
+    words = (like.numel() + per_word - 1) // per_word
     random = torch.empty(words, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
-    return random.view(integer)[: like.numel()].bitwise_and_((1 << bits) - 1).to(like.dtype).mul_(2.0**-bits)
+    draws = random.view(integer)[: like.numel()]
+    if bits == 16:
+        return draws.to(like.dtype).add_(2**15).mul_(2.0**-16)
+    return draws.bitwise_and_((1 << bits) - 1).to(like.dtype).mul_(2.0**-bits)
 
 
 def _limit(fmt: FloatFormat, rounding: str, overflow: str, lay: _Layout) -> Callable:
