@@ -37,7 +37,7 @@ FORMAT_COLOURS: dict[str, tuple[str, str]] = {
 FIELD_COLOURS = {"sign": "#9a3b5a", "exponent": "#b8860b", "fraction": "#2f6f9f"}
 
 _STYLE = {
-    "figure.figsize": (7.6, 3.6), "figure.dpi": 100, "figure.facecolor": "white", "figure.constrained_layout.use": True,
+    "figure.figsize": (7.6, 3.6), "figure.dpi": 90, "figure.facecolor": "white", "figure.constrained_layout.use": True,
     "font.family": "sans-serif", "font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.axisbelow": True,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 2,
@@ -165,7 +165,7 @@ def rounding_steps(fmt: FormatLike, low: float, high: float) -> "Axes":
 def error_against_magnitude(formats: Iterable[FormatLike], low: int, high: int) -> "Axes":
     """Relative error of round-to-nearest for values spread evenly in log2, with each format's unit roundoff dashed."""
     ax = _axes(None)
-    x = torch.exp2(torch.linspace(low, high, 4000, dtype=torch.float64))
+    x = torch.exp2(torch.linspace(low, high, 1500, dtype=torch.float64))
     for fmt in map(get_format, formats):
         error = (quantize(x, fmt) - x).abs() / x
         ax.plot(x.log2(), error, ".", markersize=2, color=colour(fmt), label=fmt.title)

@@ -123,6 +123,8 @@ def test_e8m0_has_no_sign_and_no_zero(mode):
     assert_same(quantize(torch.tensor(x, dtype=torch.float32), "e8m0", mode), expected, x)
     odd = torch.tensor([-1.0, 0.0, -0.0, math.inf, math.nan, 2.0**-140])
     assert_same(quantize(odd, "e8m0", mode), np.array([np.nan, *[2.0**-127] * 2, 2.0**127, np.nan, 2.0**-127]), odd)
+    beyond = quantize(torch.tensor([2.0**130], dtype=torch.float64), "e8m0", mode, "native")
+    assert beyond == 2.0**127 if mode in ("toward_zero", "down") else beyond.isnan()
     native = quantize(odd, "e8m0", mode, "native").double().numpy()
     assert_same(native, np.array([np.nan] * 5 + [2.0**-127]), odd)
 

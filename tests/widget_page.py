@@ -1,4 +1,4 @@
-"""Exhibits to test, and a page with them and nothing else: the state as MyST-NB embeds it, and the host script of the book."""
+"""Exhibits to test and a page of them: the state as MyST-NB embeds it, and the host script of the book."""
 
 import json
 from collections.abc import Sequence

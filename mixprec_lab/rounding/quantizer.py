@@ -242,7 +242,7 @@ def _random_fraction(like: torch.Tensor, bits: int, generator: torch.Generator |
 def _limit(fmt: FloatFormat, rounding: str, overflow: str, lay: _Layout) -> Callable:
     """What ``(x, out, scratch)`` does to results beyond the largest value, and to what the format does not have."""
     if not fmt.signed:
-        return _limit_unsigned(fmt, overflow)
+        return _limit_unsigned(fmt, rounding, overflow)
     largest = fmt.largest
     if overflow == "saturate" or fmt.specials == "none":
         limit = lambda x, o, s: o.clamp_(-largest, largest)  # noqa: E731
@@ -286,12 +286,13 @@ def _limit_directed(fmt: FloatFormat, rounding: str) -> Callable:
     return limit
 
 
-def _limit_unsigned(fmt: FloatFormat, overflow: str) -> Callable:
-    native = overflow == "native"
+def _limit_unsigned(fmt: FloatFormat, rounding: str, overflow: str) -> Callable:
+    native, inward = overflow == "native", rounding in ("toward_zero", "down")
 
     def limit(x, o, s):
         if native:
-            o.masked_fill_((o > fmt.largest) | (x == 0), math.nan)
+            overflowed = x.isinf() if inward else o > fmt.largest
+            o.masked_fill_(overflowed | (x == 0), math.nan)
         o.clamp_(fmt.smallest, fmt.largest)
         return o.masked_fill_(x < 0, math.nan)
 
