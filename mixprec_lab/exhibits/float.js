@@ -61,8 +61,8 @@ function roundMagnitude(magnitude, negative, f, mode, random) {
 function quantizeUnsigned(x, f, mode, overflow, random) {
   if (x < 0 || (x === 0 && overflow === "native")) return NaN;
   const rounded = roundMagnitude(Math.abs(x), false, f, mode, random);
-  if (rounded > f.largest && overflow === "native") return NaN;
-  return Math.min(Math.max(rounded, f.smallest), f.largest);
+  if (rounded > f.largest) return overflowed(x, false, f, mode, overflow);
+  return Math.max(rounded, f.smallest);
 }
 
 // The code of a magnitude that is a value of f.
