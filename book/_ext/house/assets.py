@@ -17,6 +17,7 @@ STAGED = {
     MATHJAX / "es5/a11y": "mathjax/a11y",
     MATHJAX / "es5/sre": "mathjax/sre",
     MATHJAX / "LICENSE": "mathjax/LICENSE",
+    STATIC / "gentle-math.js": "gentle-math.js",
     STATIC / "widget-host.js": "widget-host.js",
     STATIC / "book.css": "book.css",
 }
@@ -43,3 +44,4 @@ def connect(app: Sphinx) -> None:
     """Stage before the build starts."""
     app.connect("config-inited", stage)
     app.add_css_file("vendor/book.css", priority=900)
+    app.add_js_file("vendor/gentle-math.js", priority=900)  # after the configuration it extends

@@ -40,7 +40,8 @@ def repair_markup(app: Sphinx, pagename: str, templatename: str, context: dict, 
 def drop_idle_mathjax(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: document | None) -> None:
     """Load MathJax, half of a page's weight and most of its start-up time, only where there is something to set."""
     if not MATH.search(context.get("body", "")):
-        context["script_files"] = [s for s in context["script_files"] if "mathjax" not in str(s.filename)]
+        idle = ("mathjax", "gentle-math")
+        context["script_files"] = [s for s in context["script_files"] if not any(n in str(s.filename) for n in idle)]
 
 
 def use_templates(app: Sphinx, config: Config) -> None:
