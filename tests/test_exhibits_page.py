@@ -331,3 +331,12 @@ def test_moving_a_control_takes_less_than_a_frame(pages, kind):
     }""")
     # The lower quartile: on a shared machine the median measures the neighbours.
     assert times[10] < 16.7, f"{times[10]:.1f} ms"
+
+
+@pytest.mark.parametrize("kind", ["bit-explorer", "windows"])
+def test_formats_stand_in_the_order_python_gave(pages, kind):
+    exhibit = MAKERS[kind]()
+    visit = pages([exhibit])
+    titles = [FORMATS[name].title for name in exhibit.formats]
+    assert titles != sorted(titles)  # the state in the page is sorted by key, and that must not show
+    assert visit.page.locator("tbody th").all_inner_texts() == titles

@@ -60,6 +60,9 @@ def test_page_is_self_contained_accessible_and_fits(open_page, path, theme):
 @pytest.mark.parametrize("path", PAGES)
 def test_page_fits_and_is_light_on_a_phone(open_page, path, site):
     visit = open_page(path, width=390)
+    distorted = "els => els.map(e => e.clientWidth / e.clientHeight / e.naturalWidth * e.naturalHeight)"
+    ratios = visit.page.eval_on_selector_all("div.cell_output img", distorted)
+    assert all(abs(ratio - 1) < 0.03 for ratio in ratios), ratios
     assert sum(sizes(visit, site).values()) <= HEAVIEST_PAGE, sizes(visit, site)
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
     assert set(widget_states(visit)) <= {"ready"}

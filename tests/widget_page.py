@@ -31,7 +31,7 @@ def page_of(widgets: Sequence[anywidget.AnyWidget], theme: str = "light") -> str
         "</script></div>"
         for spec in data["view_specs"]
     )
-    state = json.dumps(data["manager_state"]).replace("</", "<\\/")
+    state = json.dumps(data["manager_state"], sort_keys=True).replace("</", "<\\/")
     return _PAGE.format(theme=theme, views=views, state=state, host=HOST.read_text(encoding="utf-8"))
 
 

@@ -53,6 +53,11 @@ def table_of(formats: Iterable[FormatLike] | None, default: Iterable[str] = tupl
     return {f.name: f for f in chosen}
 
 
+def _ranked(offered: dict[str, FloatFormat]) -> dict[str, dict[str, Any]]:
+    """The descriptions with their places: the built page sorts the keys of a widget's state, the drawing must not."""
+    return {key: describe(fmt) | {"rank": rank} for rank, (key, fmt) in enumerate(offered.items())}
+
+
 class Exhibit(anywidget.AnyWidget):
     """A drawing that answers in the page, with a kernel or without; its traits are its state.
 
@@ -70,7 +75,7 @@ class Exhibit(anywidget.AnyWidget):
         self._offered = offered
         self._shown = {key: value for key, value in state.items() if value != self.trait_defaults().get(key)}
         stem = name or f"{self._kind}-{zlib.crc32(repr((sorted(offered), state)).encode()) & 0xFFFF:04x}"
-        super().__init__(name=stem, formats={key: describe(f) for key, f in offered.items()}, **state)
+        super().__init__(name=stem, formats=_ranked(offered), **state)
 
     def __repr__(self) -> str:
         """Class and arguments: the same in every run, so that a notebook's output can be compared."""

@@ -3,7 +3,7 @@
 import { decode, encode, exponentOf, fieldsOf, isNegative, kindOf, neighbours, quantize, relativeError,
   ulp } from "./float.js";
 import { errorText, exactDecimal, parseNumber, powerForm, shortest, significant } from "./text.js";
-import { MODES, button, cells, checked, facts, follow, frame, h, links, oneOf, rowHead, select, table,
+import { MODES, button, cells, checked, facts, follow, formatsOf, frame, h, links, oneOf, rowHead, select, table,
   textField, whole, write } from "./ui.js";
 
 const KEYS = ["format", "text", "code", "rounding", "overflow"];
@@ -122,7 +122,7 @@ function comparison(formats) {
 }
 
 function render({ model, el }) {
-  const formats = model.get("formats");
+  const formats = formatsOf(model);
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   const change = (changes) => set(settle({ ...state(), ...changes }, formats));
   const refuseNaN = (text) => {

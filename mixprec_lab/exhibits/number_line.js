@@ -2,7 +2,7 @@
 
 import { neighbours, quantize, relativeError, ulp } from "./float.js";
 import { errorText, parseNumber, percent, powerForm, shortest, significant } from "./text.js";
-import { MODES, checked, drawing, facts, follow, frame, h, links, oneOf, paintFormat, select, slider, svg, textField, whole,
+import { MODES, checked, drawing, facts, follow, formatsOf, frame, h, links, oneOf, paintFormat, select, slider, svg, textField, whole,
   write } from "./ui.js";
 
 const KEYS = ["x", "first", "second", "rounding", "centre", "zoom"];
@@ -108,7 +108,7 @@ function line(f, x, rounding, view, place, y, width) {
 }
 
 function render({ model, el }) {
-  const formats = model.get("formats");
+  const formats = formatsOf(model);
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   const titles = Object.entries(formats).map(([k, f]) => [k, f.title]);
   const view = (s) => [s.centre - halfWidth(s), s.centre + halfWidth(s)];

@@ -2,7 +2,7 @@
 
 import { mulberry32, quantize } from "./float.js";
 import { errorText, parseNumber, powerForm, significant } from "./text.js";
-import { checked, drawing, facts, follow, frame, h, links, oneOf, paintFormat, select, slider, svg, textField, whole,
+import { checked, drawing, facts, follow, formatsOf, frame, h, links, oneOf, paintFormat, select, slider, svg, textField, whole,
   write } from "./ui.js";
 
 const KEYS = ["addend", "count", "format", "method", "seed"];
@@ -114,7 +114,7 @@ const nearestIndex = (count) =>
   COUNTS.reduce((best, c, i) => (Math.abs(c - count) < Math.abs(COUNTS[best] - count) ? i : best), 0);
 
 function render({ model, el }) {
-  const formats = model.get("formats");
+  const formats = formatsOf(model);
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   const number = (text) => {
     const read = parseNumber(text);

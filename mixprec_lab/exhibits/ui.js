@@ -102,6 +102,10 @@ export function cells(names) {
   return { row, found };
 }
 
+// The formats in the order Python gave them; the built page hands them over sorted by name.
+export const formatsOf = (model) =>
+  Object.fromEntries(Object.entries(model.get("formats")).sort((a, b) => a[1].rank - b[1].rank));
+
 // A list of terms and values; returns the node and the values' nodes by name.
 export function facts(entries) {
   const values = {}, node = h("dl", { class: "mpl-facts" });

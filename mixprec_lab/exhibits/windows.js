@@ -1,7 +1,7 @@
 // Windows: every format's range on one axis, and what each makes of a distribution that can be moved.
 
 import { percent } from "./text.js";
-import { checked, drawing, follow, frame, h, links, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
+import { checked, drawing, follow, formatsOf, frame, h, links, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
 
 const KEYS = ["source", "centre", "spread", "scale"];
 const PARTS = ["flushed", "subnormal", "normal", "overflowed"];
@@ -116,7 +116,7 @@ export function texts(state, formats, recordings) {
 }
 
 function render({ model, el }) {
-  const formats = model.get("formats"), recordings = model.get("recordings");
+  const formats = formatsOf(model), recordings = model.get("recordings");
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   const names = [...Object.keys(recordings), MODEL];
   const source = select("Tensor", names.map((n) => [n, n]), (v) => set({ source: v }));
