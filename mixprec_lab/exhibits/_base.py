@@ -10,6 +10,7 @@ from typing import Any
 import anywidget
 import traitlets as t
 
+from mixprec_lab.exhibits._text import parse_number
 from mixprec_lab.formats import FORMATS, FloatFormat, FormatLike, get_format
 from mixprec_lab.plots import FORMAT_COLOURS
 
@@ -93,6 +94,14 @@ class Exhibit(anywidget.AnyWidget):
     def result(self) -> dict[str, str]:
         """Every text that the page shows for the present state, by its ``data-field``, computed in Python."""
         raise NotImplementedError
+
+
+def read_number(text: str) -> float:
+    """The number that ``text`` names (see ``parse_number``); TraitError, saying what may be written, if none."""
+    try:
+        return parse_number(text)
+    except ValueError as error:
+        raise t.TraitError(f"expected a number as text, got {text!r}. {error}") from None
 
 
 def choice(what: str, options: Callable[[Any], Iterable[str]]) -> Any:

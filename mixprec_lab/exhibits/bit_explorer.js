@@ -1,6 +1,6 @@
 // The bit explorer: one code of one format, taken apart, and its number in every other format.
 
-import { decode, encode, exponentOf, fieldsOf, isNegative, kindOf, neighbours, quantize, relativeError,
+import { decode, encode, fieldsOf, kindOf, neighbours, quantize, relativeError,
   ulp } from "./float.js";
 import { errorText, exactDecimal, parseNumber, powerForm, shortest, significant } from "./text.js";
 import { MODES, button, cells, checked, facts, follow, formatsOf, frame, h, links, oneOf, rowHead, select, table,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import traitlets as t
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import Exhibit, choice, es_module, read_number, table_of
 from mixprec_lab.exhibits._text import error_text, exact_decimal, parse_number, power_form, shortest, significant
 from mixprec_lab.formats import Bits, FloatFormat, FormatLike, bits_of_code, encode, get_format, neighbours
 from mixprec_lab.rounding import OVERFLOW_POLICIES, ROUNDING_MODES, quantize, relative_error, ulp
@@ -63,10 +63,7 @@ class BitExplorer(Exhibit):
 
     @t.validate("text")
     def _check_text(self, proposal: Any) -> str:
-        try:
-            parse_number(proposal.value)
-        except ValueError as error:
-            raise t.TraitError(f"expected a number as text, got {proposal.value!r}. {error}") from None
+        read_number(proposal.value)
         return proposal.value.strip()
 
     @t.validate("code")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import traitlets as t
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import Exhibit, choice, es_module, read_number, table_of
 from mixprec_lab.exhibits._text import error_text, parse_number, percent, power_form, shortest, significant
-from mixprec_lab.formats import FloatFormat, FormatLike, neighbours
+from mixprec_lab.formats import FloatFormat, FormatLike, get_format, neighbours
 from mixprec_lab.rounding import ROUNDING_MODES, quantize, relative_error, ulp
 
 _DEFAULT = ("fp32", "tf32", "bf16", "fp16", "fp8_e5m2", "fp8_e4m3", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1")
@@ -49,7 +49,7 @@ class NumberLine(Exhibit):
         table = table_of(offered, _DEFAULT) | table_of(pair)
         if unsigned := [f.title for f in table.values() if not f.signed]:
             raise ValueError(f"{', '.join(unsigned)} has no sign and no zero: choose formats that hold numbers")
-        first, second = (next(iter(table_of([f]))) for f in pair)
+        first, second = (get_format(f).name for f in pair)
         text = x if isinstance(x, str) else shortest(x)
         state = {"x": text, "first": first, "second": second, "rounding": rounding, "zoom": zoom}
         middle = _read(text) if centre is None else centre
@@ -82,10 +82,7 @@ class NumberLine(Exhibit):
 
 
 def _read(text: str) -> float:
-    try:
-        value = parse_number(text)
-    except ValueError as error:
-        raise t.TraitError(f"expected a number as text, got {text!r}. {error}") from None
+    value = read_number(text)
     if not math.isfinite(value):
         raise t.TraitError(f"expected a finite number, got {text!r}")
     return value

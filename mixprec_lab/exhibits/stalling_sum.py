@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import traitlets as t
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import Exhibit, choice, es_module, read_number, table_of
 from mixprec_lab.exhibits._text import error_text, parse_number, power_form, shortest, significant
-from mixprec_lab.formats import FloatFormat, FormatLike
+from mixprec_lab.formats import FloatFormat, FormatLike, get_format
 from mixprec_lab.rounding import METHODS, accumulate, quantize, running_sum
 
 _DEFAULT = ("fp32", "tf32", "bf16", "fp16", "fp8_e5m2", "fp8_e4m3")
@@ -44,7 +44,7 @@ class StallingSum(Exhibit):
         name: str | None = None,
     ) -> None:
         offered = table_of(formats, _DEFAULT)
-        fmt = next(iter(table_of([format]).values()))
+        fmt = get_format(format)
         offered.setdefault(fmt.name, fmt)
         text = addend if isinstance(addend, str) else shortest(addend)
         state = {"addend": text, "count": count, "format": fmt.name, "method": method, "seed": seed}
@@ -55,10 +55,7 @@ class StallingSum(Exhibit):
 
     @t.validate("addend")
     def _check_addend(self, proposal: Any) -> str:
-        try:
-            value = parse_number(proposal.value)
-        except ValueError as error:
-            raise t.TraitError(f"expected a number as text, got {proposal.value!r}. {error}") from None
+        value = read_number(proposal.value)
         if not math.isfinite(value) or value == 0:
             raise t.TraitError(f"expected a finite addend other than zero, got {proposal.value!r}")
         return proposal.value.strip()

@@ -80,7 +80,7 @@ class Windows(Exhibit):
             return tuple(n / recording["total"] for n in (recording["zero"], *counts))
         below = [
             (1 + math.erf((math.log2(edge) - self.centre - self.scale) / self.spread / math.sqrt(2))) / 2
-            for edge, _ in _edges(fmt)
+            for edge, _ in fmt.nearest_edges
         ]
         return (0.0, below[0], below[1] - below[0], below[2] - below[1], 1 - below[2])
 
@@ -97,16 +97,6 @@ class Windows(Exhibit):
         return texts | {"summary": f"Two thirds of the magnitudes lie within a factor of {where}."}
 
 
-def _edges(fmt: FloatFormat) -> tuple[tuple[float, bool], ...]:
-    """Magnitudes where rounding to nearest changes its outcome, and whether the edge itself belongs to the upper side.
-
-    A tie goes to the even code: half the smallest value to zero, the last midpoint before the normal range upward.
-    """
-    step = fmt.smallest_normal * fmt.eps
-    overflows = fmt.largest_code % 2 == 1
-    return ((step / 2, False), (fmt.smallest_normal - step / 2, True), (fmt.overflow_threshold, overflows))
-
-
 def _record(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> dict:
     if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
         raise TypeError(f"expected {name!r} to be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -120,7 +110,7 @@ def _record(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> d
     per_format = {}
     for key, fmt in formats.items():
         below = [
-            torch.searchsorted(magnitude, edge * powers, right=not upper).tolist() for edge, upper in _edges(fmt)
+            torch.searchsorted(magnitude, edge * powers, right=not upper).tolist() for edge, upper in fmt.nearest_edges
         ]
         per_format[key] = [[a - zero, b - a, c - b, total - c] for a, b, c in zip(*below, strict=True)]
     return {"total": total, "zero": zero, "binades": binades, "counts": per_format}

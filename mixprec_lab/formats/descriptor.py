@@ -176,6 +176,18 @@ class FloatFormat:
         return self.largest + 2.0 ** (self.max_exponent - self.mantissa_bits - 1)
 
     @property
+    def nearest_edges(self) -> tuple[tuple[float, bool], ...]:
+        """Magnitudes where nearest-even rounding starts to give a subnormal, a normal value, and overflow.
+
+        Beside each stands whether the edge itself belongs to the upper side: a tie goes to the even code.  Without
+        subnormals the first two coincide.
+        """
+        half_step = self.smallest / 2
+        first = (half_step, False)
+        normal = (self.smallest_normal - half_step, True) if self.mantissa_bits else first
+        return first, normal, (self.overflow_threshold, self.largest_code % 2 == 1)
+
+    @property
     def counts(self) -> CodeCounts:
         """How the codes are spent."""
         finite = (self.largest_code + 1) * (2 if self.signed else 1) - (self.specials == "nan_negative_zero")

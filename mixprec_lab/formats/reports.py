@@ -50,12 +50,7 @@ def classify(x: torch.Tensor, fmt: FormatLike, scale: float = 1.0) -> RangeShare
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"expected a positive, finite scale, got {scale}")
     magnitude = x.detach().double().abs().mul_(scale)
-    # Thresholds of round-to-nearest-even; a tie goes to the even code.
-    step = fmt.smallest_normal * fmt.eps
-    low_is_even = fmt.mantissa_bits > 0 or fmt.max_exponent > fmt.min_exponent
-    keeps = _count(magnitude, step / 2, at_threshold=not low_is_even)
-    normal = _count(magnitude, fmt.smallest_normal - step / 2, at_threshold=True) if fmt.mantissa_bits else keeps
-    overflow = _count(magnitude, fmt.overflow_threshold, at_threshold=fmt.largest_code % 2 == 1)
+    keeps, normal, overflow = (_count(magnitude, edge, at_threshold=upper) for edge, upper in fmt.nearest_edges)
     infinite, nan, zero = int(x.isinf().sum()), int(x.isnan().sum()), int((x == 0).sum())
     n = x.numel()
     counts = (zero, n - zero - nan - keeps, keeps - normal, normal - overflow, overflow - infinite, infinite, nan)
