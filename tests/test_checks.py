@@ -9,8 +9,7 @@ from mixprec_lab import checks
 from mixprec_lab.formats import decode, get_format
 from mixprec_lab.rounding import accumulate
 
-ALL = [f for name, f in vars(checks).items() if callable(f) and getattr(f, "__module__", "") == checks.__name__
-       and not name.startswith("_")]  # fmt: skip
+ALL = [getattr(checks, name) for name in checks.__all__]
 
 
 def verdict(check, function, capsys) -> str:

@@ -9,9 +9,9 @@ from urllib.parse import parse_qsl, quote
 import pytest
 import traitlets
 from conftest import QuietHandler, Visit
-from widget_page import MAKERS, STATE, page_of
+from widget_page import MAKERS, SAMPLES, STATE, page_of
 
-from mixprec_lab.exhibits import BitExplorer, StallingSum
+from mixprec_lab.exhibits import BitExplorer
 from mixprec_lab.formats import FORMATS
 
 
@@ -145,36 +145,29 @@ def test_every_list_and_slider_moves_the_texts_to_what_python_computes(pages, ki
     drive_ranges(kind, visit, "keyboard")
 
 
-@pytest.mark.parametrize("kind", ["windows", "stalling-sum", "number-line"])
+@pytest.mark.parametrize("kind", [kind for kind, sample in SAMPLES.items() if sample.mouse is not None])
 def test_sliders_follow_the_mouse_to_both_ends(pages, kind):
     visit = pages([MAKERS[kind]()])
-    if kind == "windows":
-        visit.page.locator("select").first.select_option(index=2)
-    if kind == "stalling-sum":
-        visit.page.locator("select").nth(1).select_option("stochastic")
+    for label, value in SAMPLES[kind].mouse.items():
+        visit.page.get_by_label(label, exact=True).select_option(value)
         assert_page_is_python(kind, visit)
     drive_ranges(kind, visit, "mouse")
 
 
-GOOD = {
-    "bit-explorer": ("65520", "-0", "nan", "inf", "-inf", "1e-8", "2^-24", "0x1p-3", "-1.5*2^3"),
-    "stalling-sum": ("0.3", "-1e-3", "2^-12", "1e5", "1e-9", "1e30"),
-    "number-line": ("-0", "0.1", "448", "1e9", "-2^-7"),
-}
-LABELS = {"bit-explorer": "Number", "stalling-sum": "Addend", "number-line": "x"}
+TYPED = [kind for kind, sample in SAMPLES.items() if sample.texts]
 
 
-@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("kind", TYPED)
 def test_numbers_may_be_typed(pages, kind):
     visit = pages([MAKERS[kind]()])
     field = visit.page.locator("input[type=text]:not([readonly])").first
-    for text in GOOD[kind]:
+    for text in SAMPLES[kind].texts:
         field.fill(text)
         field.press("Enter")
         assert_page_is_python(kind, visit)
 
 
-@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("kind", TYPED)
 def test_bad_text_is_named_and_changes_nothing(pages, kind):
     visit = pages([MAKERS[kind]()])
     field, complaint = (
@@ -230,14 +223,8 @@ def _typed(code, fmt) -> str:
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_links_restore_the_state_and_touch_no_other_exhibit(pages, kind):
-    changes = {
-        "bit-explorer": {"format": "bf16", "code": 0x7FC1, "rounding": "up"},
-        "windows": {"source": "edges", "scale": 7},
-        "stalling-sum": {"addend": "0.3", "count": 1500, "format": "bf16", "method": "kahan"},
-        "number-line": {"x": "-3.3", "centre": -3.3, "first": "bf16", "rounding": "stochastic", "zoom": 4},
-    }[kind]
     twin = MAKERS[kind]()
-    for key, value in changes.items():
+    for key, value in SAMPLES[kind].change.items():
         setattr(twin, key, value)
     fragment = "&".join(f"{key}={quote(str(getattr(twin, key)))}" for key in STATE[kind])
     visit = pages([m() for m in MAKERS.values()], "file", fragment=f"#{twin.name}:{fragment}")
@@ -315,7 +302,7 @@ def test_controls_are_labelled_large_enough_and_fit_the_page(pages, theme, width
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_moving_a_control_takes_less_than_a_frame(pages, kind):
-    visit = pages([StallingSum(count=20_000, method="kahan", name="sum") if kind == "stalling-sum" else MAKERS[kind]()])
+    visit = pages([(SAMPLES[kind].heavy or MAKERS[kind])()])
     times = visit.page.evaluate("""() => {
       const field = document.querySelector("input[type=range]:enabled") || document.querySelector("select");
       const range = field.type === "range", out = [];

@@ -1,7 +1,8 @@
 """Exhibits to test and a page of them: the state as MyST-NB embeds it, and the host script of the book."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import anywidget
@@ -45,15 +46,46 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"gradients": gradients, "edges": torch.tensor([*edges, *(-e for e in edges)])}
 
 
-MAKERS = {
-    "bit-explorer": lambda: BitExplorer(name="bits"),
-    "windows": lambda: Windows.from_tensors(tensors(), name="win"),
-    "stalling-sum": lambda: StallingSum(count=400, name="sum"),
-    "number-line": lambda: NumberLine(name="line"),
+@dataclass(frozen=True)
+class Sample:
+    """One exhibit as the tests meet it."""
+
+    make: Callable[[], anywidget.AnyWidget]  #: a small one, the same every time
+    state: tuple[str, ...]  #: the traits that a link carries
+    change: dict[str, object]  #: another state, to be restored by a link
+    mouse: dict[str, str] | None = None  #: drive its sliders by mouse too, after choosing these (select name -> value)
+    heavy: Callable[[], anywidget.AnyWidget] | None = None  #: the slowest state there is, for the frame time
+    texts: tuple[str, ...] = ()  #: what its first text field must accept
+
+
+SAMPLES = {
+    "bit-explorer": Sample(
+        lambda: BitExplorer(name="bits"),
+        ("format", "text", "code", "rounding", "overflow"),
+        {"format": "bf16", "code": 0x7FC1, "rounding": "up"},
+        texts=("65520", "-0", "nan", "inf", "-inf", "1e-8", "2^-24", "0x1p-3", "-1.5*2^3"),
+    ),
+    "windows": Sample(
+        lambda: Windows.from_tensors(tensors(), name="win"),
+        ("source", "centre", "spread", "scale"),
+        {"source": "edges", "scale": 7},
+        mouse={"Tensor": "a model: log2 |x| normal"},
+    ),
+    "stalling-sum": Sample(
+        lambda: StallingSum(count=400, name="sum"),
+        ("addend", "count", "format", "method", "seed"),
+        {"addend": "0.3", "count": 1500, "format": "bf16", "method": "kahan"},
+        mouse={"Method": "stochastic"},
+        heavy=lambda: StallingSum(count=20_000, method="kahan", name="sum"),
+        texts=("0.3", "-1e-3", "2^-12", "1e5", "1e-9", "1e30"),
+    ),
+    "number-line": Sample(
+        lambda: NumberLine(name="line"),
+        ("x", "first", "second", "rounding", "centre", "zoom"),
+        {"x": "-3.3", "centre": -3.3, "first": "bf16", "rounding": "stochastic", "zoom": 4},
+        mouse={},
+        texts=("-0", "0.1", "448", "1e9", "-2^-7"),
+    ),
 }
-STATE = {
-    "bit-explorer": ("format", "text", "code", "rounding", "overflow"),
-    "windows": ("source", "centre", "spread", "scale"),
-    "stalling-sum": ("addend", "count", "format", "method", "seed"),
-    "number-line": ("x", "first", "second", "rounding", "centre", "zoom"),
-}
+MAKERS = {kind: sample.make for kind, sample in SAMPLES.items()}
+STATE = {kind: sample.state for kind, sample in SAMPLES.items()}

@@ -12,7 +12,7 @@ import traitlets as t
 
 from mixprec_lab.exhibits._text import parse_number
 from mixprec_lab.formats import FORMATS, FloatFormat, FormatLike, get_format
-from mixprec_lab.plots import FORMAT_COLOURS
+from mixprec_lab.plots.style import FORMAT_COLOURS
 
 _HERE = Path(__file__).parent
 _SHARED = ("float.js", "text.js", "ui.js")
