@@ -116,6 +116,37 @@ def site() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def pages(browser, tmp_path_factory) -> Iterator[Callable[..., Visit]]:
+    """``pages(exhibits, scheme, theme, width, fragment)`` -> a visit to a page that holds just them."""
+    from widget_page import page_of
+
+    folder = tmp_path_factory.mktemp("exhibits")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    context, opened = browser.new_context(), []
+
+    def open_(exhibits, scheme="http", theme="light", width=1280, fragment="") -> Visit:
+        path = folder / f"{len(opened)}.html"
+        path.write_text(page_of(exhibits, theme), "utf-8")
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.set_viewport_size({"width": width, "height": 900})
+        opened.append(page)
+        visit = Visit(page)
+        base = path.as_uri() if scheme == "file" else f"http://127.0.0.1:{server.server_port}/{path.name}"
+        page.goto(base + fragment)
+        page.wait_for_function("document.querySelectorAll('[data-widget=ready]').length === " + str(len(exhibits)))
+        return visit
+
+    yield open_
+    context.close()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 @pytest.fixture(scope="session")
 def contexts(browser) -> Iterator[Callable]:
     """``contexts(theme, width)``: one browser context for each pair, kept for the whole run."""

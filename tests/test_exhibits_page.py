@@ -1,69 +1,14 @@
 """The exhibits in a real browser with no kernel: what the page says is what Python computes for the same state."""
 
-import functools
 import json
-import threading
-from http.server import ThreadingHTTPServer
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote
 
 import pytest
-import traitlets
-from conftest import QuietHandler, Visit
-from widget_page import MAKERS, SAMPLES, STATE, page_of
+from conftest import Visit
+from widget_page import MAKERS, SAMPLES, STATE, assert_page_is_python, link_of, said
 
 from mixprec_lab.exhibits import BitExplorer
 from mixprec_lab.formats import FORMATS
-
-
-@pytest.fixture(scope="module")
-def pages(browser, tmp_path_factory):
-    """``pages(exhibits, scheme, theme, width, fragment)`` -> a visit to a page that holds just them."""
-    folder = tmp_path_factory.mktemp("exhibits")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    context, opened = browser.new_context(), []
-
-    def open_(exhibits, scheme="http", theme="light", width=1280, fragment="") -> Visit:
-        path = folder / f"{len(opened)}.html"
-        path.write_text(page_of(exhibits, theme), "utf-8")
-        page = context.new_page()
-        page.set_default_timeout(10_000)
-        page.set_viewport_size({"width": width, "height": 900})
-        opened.append(page)
-        visit = Visit(page)
-        base = path.as_uri() if scheme == "file" else f"http://127.0.0.1:{server.server_port}/{path.name}"
-        page.goto(base + fragment)
-        page.wait_for_function("document.querySelectorAll('[data-widget=ready]').length === " + str(len(exhibits)))
-        return visit
-
-    yield open_
-    context.close()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-SAID = """root => Object.fromEntries([...root.querySelectorAll("[data-field]")]
-  .filter(e => e.dataset.field !== "link-status").map(e => [e.dataset.field, e.textContent]))"""
-
-
-def said(visit: Visit, at: int = 0) -> dict[str, str]:
-    """Every text of the exhibit, by its data-field."""
-    return visit.page.locator(".mpl-exhibit").nth(at).evaluate(SAID)
-
-
-LINK = """async () => {
-  Object.defineProperty(navigator, "clipboard", { value: undefined, configurable: true });
-  document.querySelector("[data-action=copy-link]").click();
-  await new Promise((done) => setTimeout(done));
-  return document.querySelector(".mpl-link").value;
-}"""
-
-
-def link_of(visit: Visit) -> str:
-    """The link to the present state, by the button and without a clipboard."""
-    return visit.page.evaluate(LINK)
 
 
 def test_without_a_clipboard_the_link_stands_in_a_field(pages):
@@ -71,26 +16,6 @@ def test_without_a_clipboard_the_link_stands_in_a_field(pages):
     link = link_of(visit)
     assert "#bits:" in link and visit.page.get_by_label("Link to this state").is_visible()
     assert "clipboard is not available" in visit.page.locator("[data-field=link-status]").inner_text()
-    assert visit.problems == {}
-
-
-def python_twin(kind: str, link: str):
-    """The exhibit in Python, in the state that the link names."""
-    state = dict(parse_qsl(link.split("#")[1].split(":", 1)[1]))
-    twin = MAKERS[kind]()
-    assert set(state) == set(STATE[kind])
-    order = [key for key in STATE[kind] if key != "code"] + ["code"] * ("code" in state)
-    for key in order:
-        trait = twin.traits()[key]
-        convert = int if isinstance(trait, traitlets.Int) else float if isinstance(trait, traitlets.Float) else str
-        setattr(twin, key, convert(state[key]))
-    return twin
-
-
-def assert_page_is_python(kind: str, visit: Visit) -> None:
-    """The texts of the page are ``result()`` of the same state."""
-    page, expected = said(visit), python_twin(kind, link_of(visit)).result()
-    assert page == expected
     assert visit.problems == {}
 
 
@@ -116,6 +41,7 @@ def drive_ranges(kind: str, visit: Visit, by: str) -> None:
                 field.focus()
                 visit.page.keyboard.press("Home" if end == "min" else "End")
             else:
+                field.scroll_into_view_if_needed()
                 box = field.bounding_box()
                 y = box["y"] + box["height"] / 2
                 visit.page.mouse.move(box["x"] + box["width"] / 2, y)

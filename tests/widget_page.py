@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import anywidget
 import torch
+import traitlets
+from conftest import Visit
 from ipywidgets.embed import embed_data
 
-from mixprec_lab.exhibits import BitExplorer, NumberLine, StallingSum, Windows
+from mixprec_lab.exhibits import BitExplorer, LostUpdateMap, NumberLine, StallingSum, Windows
 from mixprec_lab.formats import FORMATS
 
 HOST = Path(__file__).parents[1] / "book" / "_ext" / "static" / "widget-host.js"
@@ -86,6 +89,53 @@ SAMPLES = {
         mouse={},
         texts=("-0", "0.1", "448", "1e9", "-2^-7"),
     ),
+    "lost-update-map": Sample(
+        lambda: LostUpdateMap(name="lost"),
+        ("format", "method", "weight", "rate", "place", "direction", "shows", "seed"),
+        {"format": "fp16", "method": "kahan", "weight": -7, "rate": "2e-6", "place": "last", "shows": "unmoved"},
+        mouse={"Update rule": "stochastic"},
+    ),
 }
 MAKERS = {kind: sample.make for kind, sample in SAMPLES.items()}
 STATE = {kind: sample.state for kind, sample in SAMPLES.items()}
+
+SAID = """root => Object.fromEntries([...root.querySelectorAll("[data-field]")]
+  .filter(e => e.dataset.field !== "link-status").map(e => [e.dataset.field, e.textContent]))"""
+
+
+def said(visit: Visit, at: int = 0) -> dict[str, str]:
+    """Every text of the exhibit, by its data-field."""
+    return visit.page.locator(".mpl-exhibit").nth(at).evaluate(SAID)
+
+
+LINK = """async () => {
+  Object.defineProperty(navigator, "clipboard", { value: undefined, configurable: true });
+  document.querySelector("[data-action=copy-link]").click();
+  await new Promise((done) => setTimeout(done));
+  return document.querySelector(".mpl-link").value;
+}"""
+
+
+def link_of(visit: Visit) -> str:
+    """The link to the present state, by the button and without a clipboard."""
+    return visit.page.evaluate(LINK)
+
+
+def python_twin(kind: str, link: str):
+    """The exhibit in Python, in the state that the link names."""
+    state = dict(parse_qsl(link.split("#")[1].split(":", 1)[1]))
+    twin = MAKERS[kind]()
+    assert set(state) == set(STATE[kind])
+    order = [key for key in STATE[kind] if key != "code"] + ["code"] * ("code" in state)
+    for key in order:
+        trait = twin.traits()[key]
+        convert = int if isinstance(trait, traitlets.Int) else float if isinstance(trait, traitlets.Float) else str
+        setattr(twin, key, convert(state[key]))
+    return twin
+
+
+def assert_page_is_python(kind: str, visit: Visit) -> None:
+    """The texts of the page are ``result()`` of the same state."""
+    page, expected = said(visit), python_twin(kind, link_of(visit)).result()
+    assert page == expected
+    assert visit.problems == {}

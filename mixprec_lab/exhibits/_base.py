@@ -16,7 +16,7 @@ from mixprec_lab.plots.style import FORMAT_COLOURS
 
 _HERE = Path(__file__).parent
 _SHARED = ("float.js", "text.js", "ui.js")
-_DROPPED = ("storage_bits", "has_zero", "binades")  # not read by the page
+_DROPPED = ("has_zero", "binades")  # not read by the page
 _OWN_COLOURS = ("#4d4d4d", "#c9c9c9")  # for formats that are not in FORMATS
 
 

@@ -1,0 +1,230 @@
+"""The lost-update map: which updates a weight of each size notices, and 200 steps of one weight."""
+
+import math
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+import traitlets as t
+
+from mixprec_lab.exhibits._base import Exhibit, choice, es_module, read_number, table_of
+from mixprec_lab.exhibits._text import percent, power_form, shortest, significant
+from mixprec_lab.exhibits.stalling_sum import _mulberry32
+from mixprec_lab.formats import FloatFormat, FormatLike, get_format
+from mixprec_lab.master_weights import UPDATE_METHODS, simulate_weight, unchanged
+from mixprec_lab.rounding import ulp
+
+STEPS = 200
+WEIGHTS = range(-20, 4)
+#: The rows of the map, as text: 1, 2, 5 in every decade.
+RATES = (*(f"{digit}e-{decade}" for decade in range(8, 1, -1) for digit in (1, 2, 5)), "1e-1")
+PLACES = ("first", "middle", "last")
+DIRECTIONS = ("away", "toward")
+MEASURES = ("lost", "unmoved")
+_DEFAULT = ("fp16", "bf16", "fp8_e5m2", "fp8_e4m3")
+
+
+class LostUpdateMap(Exhibit):
+    """The plane of ``|w|`` and learning rate in one format, and ``STEPS`` equal updates of the weight chosen in it.
+
+    The update is the learning rate itself, as FP32: the normalised step of Adam has a size near 1.  A cell counts every
+    value of the format in ``[2**weight, 2 * 2**weight)`` once in both directions; ``shows`` says what is counted:
+
+    - ``lost``: however often the update comes, the state stays as it is: the weight, with ``kahan`` the
+      compensation beside it once it has stopped growing, with ``fp32_master`` the master.  ``stochastic`` loses nothing
+      on average.
+    - ``unmoved``: the weight that the model sees is the same after one update; for ``stochastic`` the chance of that.
+
+    ``method`` is one of ``mixprec_lab.master_weights.UPDATE_METHODS``; ``rate`` one of ``RATES``, as text or number;
+    the weight that is followed is the ``place`` (first, middle, last) of its binade and goes in ``direction`` (away
+    from zero or toward it); ``seed`` (0 to 20) feeds stochastic rounding by the generator that page and Python share.
+    TraitError for anything else; ValueError for formats that saturate (FP6, FP4: at the top nothing could move), have
+    no sign, or more than 10 mantissa bits (too many weights in a binade to count one by one).
+    """
+
+    _esm = es_module("lost_update_map")
+    _kind = "lost-update-map"
+
+    format = t.Unicode("bf16").tag(sync=True)
+    method = t.Unicode("nearest").tag(sync=True)
+    weight = t.Int(0, min=WEIGHTS.start, max=WEIGHTS.stop - 1).tag(sync=True)
+    rate = t.Unicode("1e-3").tag(sync=True)
+    place = t.Unicode("first").tag(sync=True)
+    direction = t.Unicode("away").tag(sync=True)
+    shows = t.Unicode("lost").tag(sync=True)
+    seed = t.Int(0, min=0, max=20).tag(sync=True)
+
+    def __init__(
+        self,
+        format: FormatLike = "bf16",
+        method: str = "nearest",
+        weight: int = 0,
+        rate: str | float = "1e-3",
+        *,
+        place: str = "first",
+        direction: str = "away",
+        shows: str = "lost",
+        seed: int = 0,
+        formats: Iterable[FormatLike] | None = None,
+        name: str | None = None,
+    ) -> None:
+        fmt = get_format(format)
+        offered = table_of(formats, _DEFAULT) | {fmt.name: fmt}
+        if unfit := [f.title for f in offered.values() if not _countable(f)]:
+            raise ValueError(
+                f"expected formats with a sign, 1 to 10 mantissa bits and an overflow of their own, got "
+                f"{', '.join(unfit)}: choose among fp16, bf16, tf32 and the FP8 formats"
+            )
+        state = {"format": fmt.name, "method": method, "weight": weight, "rate": _as_rate(rate), "place": place}
+        super().__init__(offered, name, **state, direction=direction, shows=shows, seed=seed)
+
+    _check_format = t.validate("format")(choice("format", lambda self: self._offered))
+    _check_method = t.validate("method")(choice("method", lambda self: UPDATE_METHODS))
+    _check_rate = t.validate("rate")(choice("rate", lambda self: RATES))
+    _check_place = t.validate("place")(choice("place", lambda self: PLACES))
+    _check_direction = t.validate("direction")(choice("direction", lambda self: DIRECTIONS))
+    _check_shows = t.validate("shows")(choice("shows", lambda self: MEASURES))
+
+    def share(self, weight: int, rate: str, shows: str) -> float:
+        """The share that a cell counts, 0 to 1, in the present format and method; NaN where there is no such weight."""
+        fmt, values = self._format(self.format), self._values(weight)
+        if values.numel() == 0:
+            return math.nan
+        update = _update(rate)
+        if self.method == "stochastic":
+            if shows == "lost":
+                return 0.0
+            gaps = torch.cat([_gap_beside(values, side, fmt) for side in DIRECTIONS])
+            return math.fsum((1 - update / gaps).clamp(min=0).tolist()) / gaps.numel()
+        both = torch.tensor([[update], [-update]], dtype=torch.float64)
+        if shows == "lost":
+            return float(self._lost(values, both).double().mean())
+        after = simulate_weight(values, both, 1, fmt, self.method)[..., 1]
+        return float((after == values).double().mean())
+
+    def grid(self) -> torch.Tensor:
+        """What the map draws: the shares, a row for each of ``RATES``, a column for each of ``WEIGHTS``, float64."""
+        return torch.tensor([[self.share(k, rate, self.shows) for k in WEIGHTS] for rate in RATES], dtype=torch.float64)
+
+    def path(self) -> torch.Tensor:
+        """The followed weight before and after each update, float64, shape (STEPS + 1,); empty if there is none."""
+        values = self._values(self.weight)
+        if values.numel() == 0:
+            return values
+        at = {"first": 0, "middle": len(values) // 2, "last": len(values) - 1}[self.place]
+        draws = None
+        if self.method == "stochastic":
+            draws = torch.tensor(list(islice(_mulberry32(self.seed), STEPS)), dtype=torch.float64)
+        update = self._sign() * _update(self.rate)
+        return simulate_weight(values[at], update, STEPS, self._format(self.format), self.method, draws=draws)
+
+    def result(self) -> dict[str, str]:
+        """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
+        path, fmt, update = self.path(), self._format(self.format), _update(self.rate)
+        lost, unmoved = (percent(self.share(self.weight, self.rate, shows)) for shows in MEASURES)
+        texts = dict.fromkeys(("start", "gap", "end", "update", "exact"), "\u2014")
+        if path.numel():
+            gap = float(_gap_beside(path[:1], self.direction, fmt))
+            texts = {
+                "start": significant(float(path[0]), 7),
+                "gap": power_form(gap),
+                "end": significant(float(path[-1]), 7),
+                "update": f"{significant(update / gap, 3)} gaps",
+                "exact": significant(float(path[0]) + self._sign() * STEPS * update, 7),
+            }
+            lost += " on average" if self.method == "stochastic" else " for good"
+            unmoved += " by one update"
+        verdict = self._verdict(path, fmt) if path.numel() else _no_such_weight(fmt)
+        return {"verdict": verdict, "lost": lost, "unmoved": unmoved, **texts, "bytes": _bytes(fmt, self.method)}
+
+    def _sign(self) -> int:
+        return 1 if self.direction == "away" else -1
+
+    def _values(self, weight: int) -> torch.Tensor:
+        """The values of the format in one binade, in order, float64."""
+        fmt, low = self._format(self.format), 2.0**weight
+        if not fmt.smallest <= low <= fmt.largest:
+            return torch.empty(0, dtype=torch.float64)
+        gap = float(ulp(torch.tensor(low, dtype=torch.float64), fmt))
+        return torch.arange(low, min(2 * low, fmt.largest + gap), gap, dtype=torch.float64)
+
+    def _lost(self, values: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        """Whether equal updates leave the state of each weight for ever as it is."""
+        fmt = self._format(self.format)
+        if self.method == "fp32_master":
+            return unchanged(values, update, "fp32")
+        if self.method == "kahan":
+            update = update + update.sign() * stalled_compensation(float(update.abs().max()), fmt)
+        return unchanged(values, update, fmt)
+
+    def _verdict(self, path: torch.Tensor, fmt: FloatFormat) -> str:
+        start, end, step = float(path[0]), float(path[-1]), self._sign() * _update(self.rate)
+        at = significant(end, 7)
+        if not math.isfinite(end):
+            return f"The weight leaves the range of {fmt.title} after {int(path.isfinite().sum())} updates."
+        if bool((path == start).all()):
+            return self._standstill(path, fmt, at)
+        if self.method == "nearest" and bool(unchanged(path[-1:], torch.tensor([step], dtype=torch.float64), fmt)):
+            return f"Moves to {at} in {int((path != end).sum())} updates and stalls there."
+        way = significant(100 * (end - start) / (STEPS * step), 4)
+        return f"Moves to {at}: {way} % of the way that {STEPS} exact updates go."
+
+    def _standstill(self, path: torch.Tensor, fmt: FloatFormat, at: str) -> str:
+        update = torch.tensor([self._sign() * _update(self.rate)], dtype=torch.float64)
+        if self.method == "stochastic":
+            chance = percent(_update(self.rate) / float(_gap_beside(path[:1], self.direction, fmt)))
+            return f"Not moved yet, and nothing is lost: every update moves the weight with a chance of {chance}."
+        if bool(self._lost(path[:1], update)):
+            return f"Lost: the weight stays at {at}, however often an update of {self.rate} comes."
+        holder = "the compensation" if self.method == "kahan" else "the FP32 master"
+        return f"Not moved yet, and nothing is lost: {holder} holds what is missing."
+
+
+def stalled_compensation(update: float, fmt: FormatLike) -> float:
+    """Where the compensation of a weight that does not move ends when updates of that size (> 0) keep coming.
+
+    It grows by rounded additions until an update is at most half of its own gap: at the first power of two whose
+    binade has gaps of twice the update or more.  An update that rounds to 0 leaves it at 0.
+    """
+    fmt = get_format(fmt)
+    if update <= fmt.smallest / 2:
+        return 0.0
+    mantissa, exponent = math.frexp(update)
+    return 2.0 ** (exponent - (mantissa == 0.5) + fmt.mantissa_bits + 1)
+
+
+def _countable(fmt: FloatFormat) -> bool:
+    return fmt.signed and fmt.specials != "none" and 1 <= fmt.mantissa_bits <= 10
+
+
+def _as_rate(rate: str | float) -> str:
+    """The row of the map that a text or number names; anything else unchanged, to be refused by the trait."""
+    text = rate if isinstance(rate, str) else shortest(rate)
+    value = read_number(text)
+    return next((row for row in RATES if float(row) == value), text)
+
+
+def _update(rate: str) -> float:
+    """The size of the update: the learning rate as FP32."""
+    return float(torch.tensor(float(rate), dtype=torch.float32))
+
+
+def _gap_beside(values: torch.Tensor, side: str, fmt: FloatFormat) -> torch.Tensor:
+    """The distance of positive values of the format to their neighbours away from zero or toward it."""
+    gap = ulp(values, fmt)
+    if side == "away":
+        return gap
+    lowest_of_binade = (torch.frexp(values).mantissa == 0.5) & (values > fmt.smallest_normal)
+    return torch.where(lowest_of_binade, gap / 2, gap)
+
+
+def _no_such_weight(fmt: FloatFormat) -> str:
+    ends = f"{power_form(fmt.smallest)} to {significant(fmt.largest, 6)}"
+    return f"{fmt.title} has no weight of this size: its values reach from {ends}."
+
+
+def _bytes(fmt: FloatFormat, method: str) -> str:
+    """Bytes that a weight costs: itself, and what the method keeps beside it."""
+    own = fmt.storage_bits / 8
+    more = {"kahan": own, "fp32_master": 4.0}.get(method, 0.0)
+    return f"{own + more:g} ({own:g} + {more:g})" if more else f"{own:g}"
