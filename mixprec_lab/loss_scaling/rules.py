@@ -73,7 +73,7 @@ class ScalerRule:
 
     def start(self) -> ScalerState:
         """The state before the first step."""
-        return ScalerState(_to_fp32(self.init_scale), 0, self.hysteresis)
+        return ScalerState(to_fp32(self.init_scale), 0, self.hysteresis)
 
     def update(self, state: ScalerState, overflow: bool) -> ScalerState:
         """The state after a step whose gradients were finite, or were not (``overflow``).
@@ -91,14 +91,14 @@ class ScalerRule:
                 f"smaller scale cannot cure this. Look for a NaN or inf in the data, the loss or the weights, or "
                 f"train in BF16"
             )
-        backed_off = max(_to_fp32(state.scale * self.backoff_factor), self.min_scale)
+        backed_off = max(to_fp32(state.scale * self.backoff_factor), self.min_scale)
         return ScalerState(backed_off, 0, state.hysteresis_left)
 
     def _after_clean_step(self, state: ScalerState) -> ScalerState:
         clean = state.clean + 1
         counted = clean - self.grace
         grows = counted > 0 and counted % self.window == 0
-        grown = _to_fp32(state.scale * self.growth_factor) if grows else state.scale
+        grown = to_fp32(state.scale * self.growth_factor) if grows else state.scale
         refilled = grows or self.refill == "clean_step"
         return ScalerState(
             grown if grown <= self.max_scale else state.scale,
@@ -111,7 +111,7 @@ def _whole(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _to_fp32(x: float) -> float:
+def to_fp32(x: float) -> float:
     """``x`` rounded to FP32 (JavaScript's ``Math.fround``); inf beyond its range."""
     try:
         return struct.unpack("<f", struct.pack("<f", x))[0]
