@@ -39,6 +39,66 @@ def convnet(seed: int = 0) -> nn.Sequential:
         )  # fmt: skip
 
 
+class Attention(nn.Module):
+    """Self-attention with every operator in sight: logits, softmax and the weighted sum are calls of their own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, width) -> the same shape."""
+        query, key, value = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        logits = (query * query.shape[-1] ** -0.5) @ key.mT  # scaled first: the product is what overflows in FP16
+        return self.out((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: ``x + attention(norm1(x))``, then ``x + contract(gelu(expand(norm2(x))))``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.expand = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.contract = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, width) -> the same shape."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.contract(nn.functional.gelu(self.expand(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """A classifier of 8 x 8 images that reads the eight rows as tokens."""
+
+    def __init__(self, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.position = nn.Parameter(0.02 * torch.randn(8, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, 8, 8) -> logits (batch, 10)."""
+        x = self.embed(images.flatten(0, 1)) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def transformer(seed: int = 0, width: int = 32, heads: int = 2, depth: int = 2) -> Transformer:
+    """A small pre-norm transformer for the digits: two blocks of width 32, two heads, 18,026 parameters.
+
+    ``width`` must be a multiple of ``heads``.  The global generator is left alone.
+    """
+    if width % heads:
+        raise ValueError(f"expected width to be a multiple of heads, got {width} and {heads}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Transformer(width, heads, depth)
+
+
 def train(
     model: nn.Module,
     data: Digits,

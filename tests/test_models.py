@@ -1,8 +1,9 @@
 """The shared networks and data: fixed by their seeds, really trained, leaving the caller's state alone."""
 
+import pytest
 import torch
 
-from mixprec_lab.models import convnet, digits, recorded_gradients, train
+from mixprec_lab.models import convnet, digits, recorded_gradients, train, transformer
 
 
 def test_digits_are_split_once_and_whole():
@@ -43,3 +44,34 @@ def test_recorded_gradients_leave_no_trace():
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     assert torch.allclose(gradients["weights"], expected, rtol=1e-4, atol=1e-9)
     assert gradients["activations"].numel() == sum(32 * n for n in (1024, 1024, 1024, 1024, 256, 256, 40, 40, 10))
+
+
+def test_transformer_is_fixed_by_its_seed_and_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    a, b, c = (transformer(seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(next(a.parameters()), next(c.parameters()))
+    assert sum(p.numel() for p in a.parameters()) == 18_026
+
+
+def test_attention_is_the_fused_attention_written_out():
+    attention = transformer().blocks[0].attention.double()
+    x = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k, v = (
+        layer(x).view(3, 8, 2, 16).transpose(1, 2) for layer in (attention.query, attention.key, attention.value)
+    )
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 8, 32)
+    assert torch.allclose(attention(x), attention.out(fused), rtol=1e-12, atol=1e-14)
+
+
+def test_transformer_learns_the_digits():
+    data, model = digits(), transformer()
+    losses = train(model, data, 150)
+    assert losses[0] > 2 and losses[-1] < 0.8
+    assert (model(data.test_images).argmax(1) == data.test_labels).float().mean() > 0.8
+
+
+def test_transformer_refuses_heads_that_do_not_divide_the_width():
+    with pytest.raises(ValueError, match="multiple of heads, got 32 and 5"):
+        transformer(heads=5)
