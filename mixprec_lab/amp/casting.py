@@ -95,12 +95,13 @@ def target_dtype(rule: str, inputs: Iterable[torch.Tensor], low: torch.dtype) ->
 
 
 def _ask_for_fp32(operator: torch._ops.OpOverload, name: str, args: tuple, kwargs: dict) -> Any:
-    first = args[0]
+    arguments = operator._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    first = given["self"]
     if name in _WITH_DTYPE:
-        return overload(_WITH_DTYPE[name])(*args, **kwargs, dtype=torch.float32 if eligible(first) else first.dtype)
-    names = [argument.name for argument in operator._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if eligible(first) and given.get("dtype") is None:
+        return overload(_WITH_DTYPE[name])(**given, dtype=torch.float32 if eligible(first) else first.dtype)
+    if eligible(first) and given["dtype"] is None:
         given["dtype"] = torch.float32
     return operator(**given)
 
