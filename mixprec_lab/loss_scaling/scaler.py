@@ -89,10 +89,11 @@ class _LossScaler:
         wanted = parameters_of(optimizer)
         if parameters is not None:
             wanted = list({id(p): p for p in (*wanted, *parameters_of(parameters))}.values())
-        fresh = self._fresh(wanted)
+        earlier, fresh = bool(self._checks), self._fresh(wanted)
         if len(fresh) == len(wanted) or any(p.grad is not None for p in fresh):
             self._unscale(fresh)
-        finite = not any([check.found for check in self._checks if not check.ids.isdisjoint(map(id, wanted))])
+        checks = [c for c in self._checks if not c.ids.isdisjoint(map(id, wanted))] if earlier else self._checks
+        finite = not any([check.found for check in checks])
         if finite:
             optimizer.step()
         self._stepped.append(optimizer)
