@@ -12,7 +12,16 @@ import traitlets
 from conftest import Visit
 from ipywidgets.embed import embed_data
 
-from mixprec_lab.exhibits import BitExplorer, LostUpdateMap, NumberLine, StallingSum, Windows
+from mixprec_lab.exhibits import (
+    BitExplorer,
+    LossScaleLab,
+    LostUpdateMap,
+    NumberLine,
+    ScalerSimulator,
+    StallingSum,
+    Windows,
+)
+from mixprec_lab.exhibits.scaler_simulator import OVERRIDES
 from mixprec_lab.formats import FORMATS
 
 HOST = Path(__file__).parents[1] / "book" / "_ext" / "static" / "widget-host.js"
@@ -47,6 +56,23 @@ def tensors() -> dict[str, torch.Tensor]:
     fp16 = FORMATS["fp16"]
     edges = [2.0**-25, 2.0**-24, fp16.smallest_normal - 2.0**-25, fp16.smallest_normal, 65504.0, 65520.0, 70000.0]
     return {"gradients": gradients, "edges": torch.tensor([*edges, *(-e for e in edges)])}
+
+
+def gradients() -> dict[str, dict[str, torch.Tensor]]:
+    """Two stages of tensors: a cloud of gradients, magnitudes at every edge of four formats, and degenerate cases."""
+    generator = torch.Generator().manual_seed(1)
+    cloud = torch.exp2(torch.randn(2000, generator=generator) * 6 - 20)
+    cloud[:100] = 0.0
+    edges = [edge for name in ("fp16", "bf16", "fp8_e5m2", "fp8_e4m3") for edge, _ in FORMATS[name].nearest_edges]
+    exact = torch.tensor([m for e in edges for m in (e, -e, e * (1 - 2.0**-12), e * (1 + 2.0**-12)) if m < 2.0**127])
+    first = {
+        "cloud": cloud,
+        "edges": exact,
+        "zeros": torch.zeros(5),
+        "tiny": torch.tensor([2.0**-149, 3 * 2.0**-149, 2.0**-126, 0.0]),
+        "broken": torch.tensor([1.0, torch.inf, -torch.inf, torch.nan, 0.0]),
+    }
+    return {"early": first, "late": {name: x / 32 for name, x in first.items()}}
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,19 @@ SAMPLES = {
         {"format": "fp16", "method": "kahan", "weight": -7, "rate": "2e-6", "place": "last", "shows": "unmoved"},
         mouse={"Update rule": "stochastic"},
     ),
+    "loss-scale-lab": Sample(
+        lambda: LossScaleLab(gradients(), name="lab"),
+        ("stage", "tensor", "format", "log2_scale", "phase", "guess", "expected"),
+        {"stage": "late", "tensor": "edges", "format": "fp8_e4m3", "log2_scale": 9, "phase": "revealed", "guess": 3},
+        mouse={},
+    ),
+    "scaler-simulator": Sample(
+        lambda: ScalerSimulator(name="sim"),
+        ("steps", "seed", "drift", "noise", "spikes", "step", "height", "length", "batch_size", *OVERRIDES),
+        {"steps": "2000", "drift": 24, "spikes": "", "init_scale": "1", "backoff_factor": "0.8", "step": 1999},
+        mouse={},
+        heavy=lambda: ScalerSimulator([(200 * i, 41, 50) for i in range(24)], steps="6000", window="10", name="sim"),
+    ),
 }
 MAKERS = {kind: sample.make for kind, sample in SAMPLES.items()}
 STATE = {kind: sample.state for kind, sample in SAMPLES.items()}
@@ -123,7 +162,7 @@ def link_of(visit: Visit) -> str:
 
 def python_twin(kind: str, link: str):
     """The exhibit in Python, in the state that the link names."""
-    state = dict(parse_qsl(link.split("#")[1].split(":", 1)[1]))
+    state = dict(parse_qsl(link.split("#")[1].split(":", 1)[1], keep_blank_values=True))
     twin = MAKERS[kind]()
     assert set(state) == set(STATE[kind])
     order = [key for key in STATE[kind] if key != "code"] + ["code"] * ("code" in state)

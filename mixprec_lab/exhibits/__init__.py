@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixprec_lab.exhibits.bit_explorer import BitExplorer
+    from mixprec_lab.exhibits.loss_scale_lab import LossScaleLab
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
     from mixprec_lab.exhibits.number_line import NumberLine
+    from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
     from mixprec_lab.exhibits.windows import Windows
 
 _HOMES = {
     "BitExplorer": "bit_explorer",
+    "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
     "NumberLine": "number_line",
+    "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
     "Windows": "windows",
 }
 
-__all__ = ["BitExplorer", "LostUpdateMap", "NumberLine", "StallingSum", "Windows"]
+__all__ = ["BitExplorer", "LossScaleLab", "LostUpdateMap", "NumberLine", "ScalerSimulator", "StallingSum", "Windows"]
 
 
 def __getattr__(name: str) -> Any:
