@@ -1,7 +1,7 @@
 """The lost-update map: which updates a weight of each size notices, and 200 steps of one weight."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -85,26 +85,24 @@ class LostUpdateMap(Exhibit):
     _check_direction = t.validate("direction")(choice("direction", lambda self: DIRECTIONS))
     _check_shows = t.validate("shows")(choice("shows", lambda self: MEASURES))
 
-    def share(self, weight: int, rate: str, shows: str) -> float:
-        """The share that a cell counts, 0 to 1, in the present format and method; NaN where there is no such weight."""
+    def shares(self, weight: int, shows: str, rates: Sequence[str] = RATES) -> torch.Tensor:
+        """One column of the map, float64: the share, 0 to 1, for each rate; NaN where the format has no such weight."""
         fmt, values = self._format(self.format), self._values(weight)
         if values.numel() == 0:
-            return math.nan
-        update = _update(rate)
+            return torch.full((len(rates),), math.nan, dtype=torch.float64)
+        updates = torch.tensor([_update(rate) for rate in rates], dtype=torch.float64)
         if self.method == "stochastic":
-            if shows == "lost":
-                return 0.0
-            gaps = torch.cat([_gap_beside(values, side, fmt) for side in DIRECTIONS])
-            return math.fsum((1 - update / gaps).clamp(min=0).tolist()) / gaps.numel()
-        both = torch.tensor([[update], [-update]], dtype=torch.float64)
+            return torch.zeros_like(updates) if shows == "lost" else _chance_unmoved(values, updates, fmt)
+        both = torch.stack([updates, -updates], dim=1)[..., None]
         if shows == "lost":
-            return float(self._lost(values, both).double().mean())
-        after = simulate_weight(values, both, 1, fmt, self.method)[..., 1]
-        return float((after == values).double().mean())
+            same = self._lost(values, both)
+        else:
+            same = simulate_weight(values, both, 1, fmt, self.method)[..., 1] == values
+        return same.double().mean(dim=(1, 2))
 
     def grid(self) -> torch.Tensor:
-        """What the map draws: the shares, a row for each of ``RATES``, a column for each of ``WEIGHTS``, float64."""
-        return torch.tensor([[self.share(k, rate, self.shows) for k in WEIGHTS] for rate in RATES], dtype=torch.float64)
+        """What the map draws, float64: the shares, a row for each of ``RATES``, a column for each of ``WEIGHTS``."""
+        return torch.stack([self.shares(weight, self.shows) for weight in WEIGHTS], dim=1)
 
     def path(self) -> torch.Tensor:
         """The followed weight before and after each update, float64, shape (STEPS + 1,); empty if there is none."""
@@ -121,7 +119,7 @@ class LostUpdateMap(Exhibit):
     def result(self) -> dict[str, str]:
         """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
         path, fmt, update = self.path(), self._format(self.format), _update(self.rate)
-        lost, unmoved = (percent(self.share(self.weight, self.rate, shows)) for shows in MEASURES)
+        lost, unmoved = (percent(float(self.shares(self.weight, shows, [self.rate]))) for shows in MEASURES)
         texts = dict.fromkeys(("start", "gap", "end", "update", "exact"), "\u2014")
         if path.numel():
             gap = float(_gap_beside(path[:1], self.direction, fmt))
@@ -154,7 +152,7 @@ class LostUpdateMap(Exhibit):
         if self.method == "fp32_master":
             return unchanged(values, update, "fp32")
         if self.method == "kahan":
-            update = update + update.sign() * stalled_compensation(float(update.abs().max()), fmt)
+            update = update + stalled_compensation(update.abs(), fmt).copysign(update)
         return unchanged(values, update, fmt)
 
     def _verdict(self, path: torch.Tensor, fmt: FloatFormat) -> str:
@@ -180,17 +178,22 @@ class LostUpdateMap(Exhibit):
         return f"Not moved yet, and nothing is lost: {holder} holds what is missing."
 
 
-def stalled_compensation(update: float, fmt: FormatLike) -> float:
-    """Where the compensation of a weight that does not move ends when updates of that size (> 0) keep coming.
+def stalled_compensation(updates: torch.Tensor, fmt: FormatLike) -> torch.Tensor:
+    """Where the compensation of an unmoved weight ends when updates of these sizes (> 0) keep coming, float64.
 
     It grows by rounded additions until an update is at most half of its own gap: at the first power of two whose
     binade has gaps of twice the update or more.  An update that rounds to 0 leaves it at 0.
     """
     fmt = get_format(fmt)
-    if update <= fmt.smallest / 2:
-        return 0.0
-    mantissa, exponent = math.frexp(update)
-    return 2.0 ** (exponent - (mantissa == 0.5) + fmt.mantissa_bits + 1)
+    mantissa, exponent = torch.frexp(updates.double())
+    power = exponent - (mantissa == 0.5).int() + fmt.mantissa_bits + 1
+    return torch.ldexp(torch.ones_like(mantissa), power).masked_fill_(updates <= fmt.smallest / 2, 0.0)
+
+
+def _chance_unmoved(values: torch.Tensor, updates: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
+    """The chance, over all values and both directions, that stochastic rounding takes an update back."""
+    gaps, counts = torch.cat([_gap_beside(values, side, fmt) for side in DIRECTIONS]).unique(return_counts=True)
+    return ((1 - updates[:, None] / gaps).clamp_(min=0) * counts).sum(dim=1) / counts.sum()
 
 
 def _countable(fmt: FloatFormat) -> bool:
