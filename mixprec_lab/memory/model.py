@@ -145,8 +145,9 @@ def training_memory(
     its peak and that of the logits do not coincide, so ``total`` is an upper bound then.
 
     LoRA: ``adapters`` trained parameters beside ``parameters`` frozen ones, which are stored in ``base``: a format's
-    name, or ``"nf4"``.  The activations are those of full training: exact where every matrix has an adapter, but for
-    the adapters' own narrow ones.
+    name, or ``"nf4"``.  A base of 16 bits or fewer has a 16-bit residual stream, under autocast too.  The activations
+    are those of full training: right where every matrix has an adapter, but for the adapters' own narrow ones and the
+    ends of the model.
 
     Not counted: the CUDA context, fragmentation, communication buffers, workspaces, temporaries of a ``foreach``
     optimizer step, the gradients of activations in flight.
@@ -168,8 +169,10 @@ def training_memory(
     terms |= {"activations": zero, "logits": zero}
     if sequence:
         options = {"attention": attention, "dropout": dropout, "policy": policy}
-        first, last = (layer_activations(shape, sequence, r.compute, **options, layer=i) for i in (0, -1))
-        ends = sum(saved.bytes_per_token for saved in end_activations(shape, r.compute, policy))
+        narrow = adapters and r.compute == "autocast" and _base_bytes(base) <= 2
+        compute = "bf16" if narrow else r.compute
+        first, last = (layer_activations(shape, sequence, compute, **options, layer=i) for i in (0, -1))
+        ends = sum(saved.bytes_per_token for saved in end_activations(shape, compute, policy))
         tokens = sequence * batch
         terms["activations"] = _activations(shape, tokens, activation_checkpointing, ends, first, last)
         terms["logits"] = _term((logit_bytes(r.compute), tokens * shape.vocabulary))
@@ -206,6 +209,10 @@ def _check_numbers(count, zero_stage, world_size, sequence, batch, adapters, att
         raise ValueError(f"expected attention flash or full and policy cuda or cpu, got {attention!r} and {policy!r}")
 
 
+def _base_bytes(base: str) -> float:
+    return NF4_BYTES if base == "nf4" else get_format(base).storage_bits / 8
+
+
 def _term(*products: tuple[float, int]) -> Term:
     """The sum of bytes times counts, rounded up to whole bytes; products that are 0 are left out."""
     kept = [(width, count) for width, count in products if width and count]
@@ -217,7 +224,7 @@ def _states(r: Regime, count: int, shape: ModelShape | None, adapters: int, base
     def shard(n: int, from_stage: int) -> int:
         return -(-n // world) if stage >= from_stage else n
 
-    base_bytes = NF4_BYTES if base == "nf4" else get_format(base).storage_bits / 8
+    base_bytes = _base_bytes(base)
     trained = adapters or count
     matrices = adapters or (shape.matrix_parameters if shape else count)
     head = 0 if adapters or not shape else shape.head_parameters

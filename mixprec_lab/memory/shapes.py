@@ -136,8 +136,8 @@ def _gpt2(name: str, title: str, layers: int, hidden: int, heads: int, published
 
 
 def _llama3(name: str, title: str, layers: int, hidden: int, heads: int, inner: int, published: int) -> ModelShape:
-    return ModelShape(name, layers, hidden, heads, 128256, inner, kv_heads=8, gated=True, fused=False, biased=False, norm="rms",
-                      tied=False, published=published, source=_LLAMA3, title=title)  # fmt: skip
+    return ModelShape(name, layers, hidden, heads, 128256, inner, kv_heads=8, gated=True, fused=False, biased=False,
+                      norm="rms", tied=False, published=published, source=_LLAMA3, title=title)  # fmt: skip
 
 
 MODELS: Mapping[str, ModelShape] = MappingProxyType({
@@ -149,9 +149,9 @@ MODELS: Mapping[str, ModelShape] = MappingProxyType({
         _gpt2("gpt2_xl", "GPT-2 XL", 48, 1600, 25, 1_557_611_200),
         _llama3("llama3_8b", "Llama 3 8B", 32, 4096, 32, 14336, 8_030_261_248),
         _llama3("llama3_70b", "Llama 3 70B", 80, 8192, 64, 28672, 70_553_706_496),
-        ModelShape("deepseek_v3", 61, 7168, 128, 129280, 18432, gated=True, fused=False, biased=False, norm="rms", tied=False,
-                   latent=LatentAttention(1536, 512, 128, 64, 128), experts=Experts(256, 1, 8, 2048, 3),
-                   published=671_026_419_200, title="DeepSeek-V3",
+        ModelShape("deepseek_v3", 61, 7168, 128, 129280, 18432, gated=True, fused=False, biased=False, norm="rms",
+                   tied=False, latent=LatentAttention(1536, 512, 128, 64, 128),
+                   experts=Experts(256, 1, 8, 2048, 3), published=671_026_419_200, title="DeepSeek-V3",
                    source="DeepSeek-V3 config.json and README_WEIGHTS.md (671B without the prediction module)"),
     )
 })  # fmt: skip
