@@ -10,24 +10,35 @@ NARROW = (torch.float16, torch.bfloat16)  #: parameters that need a master
 WIDE = (torch.float32, torch.float64)  #: parameters that are their own
 
 
+Link = tuple[Mapping[str, Any], str, object]  # a dict of a module, a key, and what has to stand there
+
+
 class Owner:
-    """Where a model keeps a parameter: so that a replaced one is noticed."""
+    """Where a model keeps a parameter, link by link: so that a replaced parameter or module is noticed."""
 
-    def __init__(self, name: str, slots: Mapping[str, nn.Parameter | None], key: str) -> None:
-        self.name, self._slots, self._key = name, slots, key
+    def __init__(self, name: str, links: tuple[Link, ...]) -> None:
+        self.name, self._links = name, links
 
-    def holds(self, parameter: torch.Tensor) -> bool:
-        """Whether the model still uses this very object."""
-        return self._slots.get(self._key) is parameter
+    def holds(self) -> bool:
+        """Whether the path through the model still leads to the same parameter."""
+        return all(slots.get(key) is thing for slots, key, thing in self._links)
 
 
 def owners_of(model: nn.Module) -> dict[torch.Tensor, Owner]:
     """The first place of every parameter of ``model``; tied ones have several."""
     owners: dict[torch.Tensor, Owner] = {}
+    paths: dict[str, tuple[nn.Module, tuple[Link, ...]]] = {}
     for prefix, module in model.named_modules():
+        links: tuple[Link, ...] = ()
+        if prefix:
+            above, _, key = prefix.rpartition(".")
+            parent, links = paths[above]
+            links = (*links, (parent._modules, key, module))
+        paths[prefix] = module, links
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter, Owner(f"{prefix}.{key}" if prefix else key, module._parameters, key))
+                name = f"{prefix}.{key}" if prefix else key
+                owners.setdefault(parameter, Owner(name, (*links, (module._parameters, key, parameter))))
     return owners
 
 
@@ -73,7 +84,7 @@ class Pair:
     def check(self, *, values: bool = True) -> None:
         """Raise RuntimeError if the parameter was replaced or moved, or, if ``values``, written to by somebody else."""
         p, m, name = self.parameter, self.master, self.owner.name
-        if not self.owner.holds(p):
+        if not self.owner.holds():
             raise RuntimeError(
                 f"the model no longer holds the parameter {name!r} that this optimizer was built on (converted layer, "
                 f"load_state_dict(assign=True), ...): build optimizer and MasterWeightOptimizer after that"
