@@ -13,6 +13,7 @@ Sources: Micikevicius et al., arXiv:1710.03740; PyTorch 2.13, ``torch.amp`` and 
 
 from mixprec_lab.amp.policy import DISPATCH_KEYS, OPERATORS, RULES, TORCH_VERSION, Policy, Rule, policy_table, rule_of
 from mixprec_lab.amp.trace import AutocastCall, AutocastTrace, trace_autocast
+from mixprec_lab.amp.trainer import MixedPrecisionTrainer, StepResult, choose_dtype
 
 __all__ = [
     "DISPATCH_KEYS",
@@ -21,8 +22,11 @@ __all__ = [
     "TORCH_VERSION",
     "AutocastCall",
     "AutocastTrace",
+    "MixedPrecisionTrainer",
     "Policy",
     "Rule",
+    "StepResult",
+    "choose_dtype",
     "policy_table",
     "rule_of",
     "trace_autocast",
