@@ -6,6 +6,8 @@ into one recommendation, every part with its reason and source; its knowledge is
 trains in BF16 and keeps in FP32 what needs it.  ``paired_comparison`` tells a loss of precision from seed noise.
 """
 
+from mixprec_lab.bf16_vs_fp16.ablation import PairedComparison, paired_comparison
+from mixprec_lab.bf16_vs_fp16.checkpoints import ConversionReport, check_conversion
 from mixprec_lab.bf16_vs_fp16.compare import (
     BF16FP16Comparison,
     RoundingCost,
@@ -14,6 +16,7 @@ from mixprec_lab.bf16_vs_fp16.compare import (
     recorded_tensors,
     rounding_cost,
 )
+from mixprec_lab.bf16_vs_fp16.conversion import NORM_TYPES, bf16_autocast, to_bf16
 from mixprec_lab.bf16_vs_fp16.hardware import (
     HARDWARE,
     Detected,
@@ -33,31 +36,42 @@ from mixprec_lab.bf16_vs_fp16.selector import (
     tables,
 )
 from mixprec_lab.bf16_vs_fp16.sources import SOURCES, Source
+from mixprec_lab.bf16_vs_fp16.trainer import UPDATES, BF16Step, BF16Trainer
 
 __all__ = [
     "HARDWARE",
+    "NORM_TYPES",
     "RULES",
     "SOURCES",
     "TASKS",
+    "UPDATES",
     "BF16FP16Comparison",
+    "BF16Step",
+    "BF16Trainer",
+    "ConversionReport",
     "Decision",
     "Detected",
     "Hardware",
+    "PairedComparison",
     "PrecisionSelector",
     "Recommendation",
     "RoundingCost",
     "Rule",
     "Source",
     "Task",
+    "bf16_autocast",
     "bf16_support",
+    "check_conversion",
     "compare_bf16_fp16",
     "cpu_flags",
     "detect_hardware",
     "get_hardware",
     "get_task",
     "layer_outputs",
+    "paired_comparison",
     "recommend",
     "recorded_tensors",
     "rounding_cost",
     "tables",
+    "to_bf16",
 ]

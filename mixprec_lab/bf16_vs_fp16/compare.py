@@ -140,10 +140,7 @@ def compare_bf16_fp16(
         tuple(map(get_format, FORMATS_COMPARED)),
         {name: costs_by_format(x) for name, x in given.items()},
         {r.format.name: r for r in sums},
-        {
-            name: {size: lost_updates(weights, signs * size, name) for size in update_sizes}
-            for name in FORMATS_COMPARED
-        },
+        {name: {size: lost_updates(weights, signs * size, name) for size in update_sizes} for name in FORMATS_COMPARED},
     )
     if show:
         print(comparison)
