@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+_INTERFACE = ("scale", "scale_loss", "unscale_gradients", "step", "update_scale", "state_dict", "load_state_dict")
+
 
 class NoScaling:
     """The loss as it is: what BF16 needs."""
@@ -22,6 +24,9 @@ class NoScaling:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step ``optimizer``."""
         optimizer.step()
+
+    def abandon(self) -> None:
+        """Forget that gradients were unscaled, after an exception; nothing to do."""
 
     def state_dict(self) -> dict[str, Any]:
         """No state."""
@@ -56,6 +61,10 @@ class TorchScaling(NoScaling):
         self.scaler.step(optimizer)
         self.scaler.update()
 
+    def abandon(self) -> None:
+        """Forget that gradients were unscaled; scale and growth tracker stay."""
+        self.scaler.update(self.scaler.get_scale())
+
     def state_dict(self) -> dict[str, Any]:
         """The scaler's own."""
         return self.scaler.state_dict()
@@ -89,6 +98,10 @@ class OwnScaling(NoScaling):
         """Step ``optimizer`` or skip it, then move the scale."""
         self.scaler.step(optimizer)
 
+    def abandon(self) -> None:
+        """Forget that gradients were unscaled; the scaler counts a clean step."""
+        self.scaler.update_scale(False)
+
     def state_dict(self) -> dict[str, Any]:
         """The scaler's own."""
         return self.scaler.state_dict()
@@ -113,7 +126,7 @@ def scaling_for(dtype: torch.dtype, device: torch.device, scaler: Any) -> NoScal
                 f'torch.amp.GradScaler("{device.type}"), or leave scaler out'
             )
         return TorchScaling(scaler)
-    if all(hasattr(scaler, name) for name in ("scale", "scale_loss", "unscale_gradients", "step", "state_dict")):
+    if all(hasattr(scaler, name) for name in _INTERFACE):
         return OwnScaling(scaler)
     raise TypeError(
         f"expected scaler to be a torch.amp.GradScaler or a scaler of mixprec_lab.loss_scaling, "

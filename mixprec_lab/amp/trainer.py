@@ -191,17 +191,25 @@ class MixedPrecisionTrainer:
         graded = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not graded:
             raise RuntimeError("no gradient reached the optimizer's parameters: does the loss depend on them?")
-        if self.max_norm is not None or self.on_gradients is not None or correction != 1:
-            self._scaling.unscale(self.optimizer)
-            if correction != 1:
-                torch._foreach_mul_([p.grad for p in graded], correction)
-            if self.on_gradients is not None:
-                self.on_gradients(self.model)
-            if self.max_norm is not None:
-                self.grad_norm = _clip(graded, self.max_norm)
         self._called, self._found_inf = False, None
-        self._scaling.step(self.optimizer)
+        try:
+            if self.max_norm is not None or self.on_gradients is not None or correction != 1:
+                self._scaling.unscale(self.optimizer)
+                self._prepare(graded, correction)
+            self._scaling.step(self.optimizer)
+        except BaseException:
+            self._scaling.abandon()  # or the next window's gradients would pass for unscaled ones
+            raise
         self._record(scale)
+
+    def _prepare(self, graded: list[nn.Parameter], correction: float) -> None:
+        """Everything between unscaling and the step."""
+        if correction != 1:
+            torch._foreach_mul_([p.grad for p in graded], correction)
+        if self.on_gradients is not None:
+            self.on_gradients(self.model)
+        if self.max_norm is not None:
+            self.grad_norm = _clip(graded, self.max_norm)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         """A hook: the scaler did call ``optimizer.step``; a fused one may still skip, by a flag on the device."""
