@@ -13,6 +13,7 @@ from conftest import Visit
 from ipywidgets.embed import embed_data
 
 from mixprec_lab.exhibits import (
+    AutocastMicroscope,
     BitExplorer,
     LossScaleLab,
     LostUpdateMap,
@@ -133,6 +134,11 @@ SAMPLES = {
         {"steps": "2000", "drift": 24, "spikes": "", "init_scale": "1", "backoff_factor": "0.8", "step": 1999},
         mouse={},
         heavy=lambda: ScalerSimulator([(200 * i, 41, 50) for i in range(24)], steps="6000", window="10", name="sim"),
+    ),
+    "autocast-microscope": Sample(
+        lambda: AutocastMicroscope(name="micro"),
+        ("autocast", "policy", "manual", "softmax", "forward_pass", "operator"),
+        {"autocast": "bf16", "policy": "cpu", "manual": "half", "softmax": "float", "operator": "norm 2"},
     ),
 }
 MAKERS = {kind: sample.make for kind, sample in SAMPLES.items()}

@@ -6,6 +6,7 @@ Importing ``mixprec_lab`` does not load them (they need anywidget); importing an
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixprec_lab.exhibits.autocast_microscope import AutocastMicroscope
     from mixprec_lab.exhibits.bit_explorer import BitExplorer
     from mixprec_lab.exhibits.loss_scale_lab import LossScaleLab
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.windows import Windows
 
 _HOMES = {
+    "AutocastMicroscope": "autocast_microscope",
     "BitExplorer": "bit_explorer",
     "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
@@ -24,7 +26,16 @@ _HOMES = {
     "Windows": "windows",
 }
 
-__all__ = ["BitExplorer", "LossScaleLab", "LostUpdateMap", "NumberLine", "ScalerSimulator", "StallingSum", "Windows"]
+__all__ = [
+    "AutocastMicroscope",
+    "BitExplorer",
+    "LossScaleLab",
+    "LostUpdateMap",
+    "NumberLine",
+    "ScalerSimulator",
+    "StallingSum",
+    "Windows",
+]
 
 
 def __getattr__(name: str) -> Any:

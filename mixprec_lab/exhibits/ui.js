@@ -207,9 +207,10 @@ export const whole = (low, high) => (text) => {
 };
 
 // A drawing as wide as its place, redrawn when that changes, so that its text keeps its size on a phone.
+// Its height is a number, or a function of the width.
 export function drawing(height, draw) {
   let width = 0;
-  const node = svg("svg", { role: "img", height });
+  const heightAt = typeof height === "function" ? height : () => height, node = svg("svg", { role: "img" });
   const observer = new ResizeObserver(() => {
     const now = Math.round(node.clientWidth);
     if (now && now !== width) { width = now; draw(); }
@@ -221,9 +222,11 @@ export function drawing(height, draw) {
     // Replace the picture: `make(width, height)` returns its parts; `label` says in words what it shows.
     show(label, make) {
       width = Math.round(node.clientWidth) || width || 680;
-      node.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      const tall = heightAt(width);
+      node.setAttribute("height", tall);
+      node.setAttribute("viewBox", `0 0 ${width} ${tall}`);
       node.setAttribute("aria-label", label);
-      node.replaceChildren(...make(width, height));
+      node.replaceChildren(...make(width, tall));
     },
   };
 }
