@@ -9,6 +9,20 @@ from mixprec_lab.memory import ModelShape
 GPT = ModelShape("test gpt", layers=3, hidden=64, heads=4, vocabulary=500, inner=256, positions=64)
 LLAMA = ModelShape("test llama", layers=2, hidden=64, heads=8, vocabulary=300, inner=176, kv_heads=2, gated=True,
                    fused=False, biased=False, norm="rms", tied=False)  # fmt: skip
+SHAPES = {"gpt": GPT, "llama": LLAMA}
+BATCH, SEQUENCE = 2, 64
+
+
+def ids_for(shape: ModelShape, batch: int = BATCH, sequence: int = SEQUENCE, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(shape.vocabulary, (batch, sequence), generator=generator).to(device)
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the logits, held as a training loop holds them."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+        logits = model(ids)
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
 
 
 class Attention(nn.Module):

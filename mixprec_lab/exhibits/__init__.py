@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.bit_explorer import BitExplorer
     from mixprec_lab.exhibits.loss_scale_lab import LossScaleLab
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
+    from mixprec_lab.exhibits.memory_calculator import MemoryCalculator
     from mixprec_lab.exhibits.number_line import NumberLine
+    from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
+    from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
     from mixprec_lab.exhibits.windows import Windows
@@ -20,7 +23,10 @@ _HOMES = {
     "BitExplorer": "bit_explorer",
     "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
+    "MemoryCalculator": "memory_calculator",
     "NumberLine": "number_line",
+    "PrecisionChooser": "precision_chooser",
+    "SameTensorTwoFormats": "same_tensor",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
     "Windows": "windows",
@@ -31,7 +37,10 @@ __all__ = [
     "BitExplorer",
     "LossScaleLab",
     "LostUpdateMap",
+    "MemoryCalculator",
     "NumberLine",
+    "PrecisionChooser",
+    "SameTensorTwoFormats",
     "ScalerSimulator",
     "StallingSum",
     "Windows",

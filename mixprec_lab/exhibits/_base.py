@@ -110,7 +110,7 @@ def choice(what: str, options: Callable[[Any], Iterable[str]]) -> Any:
     def check(self: Exhibit, proposal: Any) -> str:
         allowed = list(options(self))
         if proposal.value not in allowed:
-            raise t.TraitError(f"expected {what} to be one of {', '.join(allowed)}, got {proposal.value!r}")
+            raise t.TraitError(f"expected {what} to be one of {', '.join(map(str, allowed))}, got {proposal.value!r}")
         return proposal.value
 
     return check
