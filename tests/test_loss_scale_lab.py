@@ -295,5 +295,31 @@ def test_what_rounding_does_is_told_by_pattern_as_well_as_by_colour(pages):
     assert visit.page.locator("svg[role=img]").get_attribute("aria-label").endswith(said(visit)["verdict"])
 
 
+def test_what_is_hidden_leaves_no_empty_box(pages):
+    visit = pages([SAMPLES["loss-scale-lab"].make()])
+    verdicts = visit.page.locator(".mpl-say:visible")
+    assert verdicts.count() == 2
+    visit.page.locator("[data-action=predict]").click()
+    assert verdicts.count() == 1 and "Reveal" in verdicts.inner_text()
+    visit.page.locator("[data-action=reveal]").click()
+    assert verdicts.count() == 3 and all(verdicts.all_inner_texts())
+
+
+def test_zeros_have_a_bar_as_long_as_their_share(pages):
+    visit = pages([LossScaleLab({"w": torch.tensor([0.0, 0.0, 0.0, 1.0])}, name="lab")])
+    bar = visit.page.locator(".mpl-share-zero").last
+    share = bar.evaluate("bar => bar.offsetWidth / bar.parentElement.clientWidth")
+    assert share == pytest.approx(0.75, abs=0.01)
+    assert bar.evaluate("bar => getComputedStyle(bar).backgroundColor") != "rgba(0, 0, 0, 0)"
+
+
+def test_long_names_of_tensors_and_the_sliders_have_the_whole_width_on_a_phone(pages):
+    visit = pages([SAMPLES["loss-scale-lab"].make()], width=390)
+    visit.page.locator("[data-action=predict]").click()
+    drawing = visit.page.locator("svg[role=img]").bounding_box()["width"]
+    for label in ("Tensor", "Loss scale S", "Share that you expect it to flush"):
+        assert visit.page.get_by_label(label, exact=True).bounding_box()["width"] == pytest.approx(drawing, abs=1)
+
+
 def test_formats_are_named_in_the_list():
     assert [LossScaleLab(SMALL).formats[name]["title"] for name in NAMES] == [FORMATS[name].title for name in NAMES]

@@ -189,11 +189,14 @@ function picture({ t, f, edges, k, hidden }, book, ids, width, height) {
 
 function shareTable() {
   const found = {}, shares = {}, rows = FATES.map((fate, i) => {
-    const row = h("tr", {}, h("th", { scope: "row" }, h("span", { class: `mpl-swatch mpl-share-${fate}` }), FATE_NAMES[i]));
+    // The style sheet leaves zeros blank, for the one bar of the windows; here they have a bar of their own.
+    const style = fate === "zero" ? "background: var(--mpl-edge)" : "";
+    const swatch = h("span", { class: `mpl-swatch mpl-share-${fate}`, style });
+    const row = h("tr", {}, h("th", { scope: "row" }, swatch, FATE_NAMES[i]));
     for (const column of ["one", "now", "count"]) {
       row.append(found[`${fate}-${column}`] = h("td", { "data-field": `${fate}-${column}` }));
     }
-    shares[fate] = h("span", { class: `mpl-share mpl-share-${fate}` });
+    shares[fate] = h("span", { class: `mpl-share mpl-share-${fate}`, style });
     row.append(h("td", { class: "mpl-bar-cell" }, h("span", { class: "mpl-bar", "aria-hidden": "true" }, shares[fate])));
     return row;
   });
@@ -245,9 +248,9 @@ function render({ model, el }) {
   const shares = shareTable(), others = stageTable(book.names), picked = drawing(270, () => paint());
   const root = frame({ model, el, kind: "loss-scale-lab", title: "Loss-scale lab",
     hint: "Multiply the loss by S, and every gradient moves right by log2 S. Drag the histogram, or move the slider." },
-  h("div", { class: "mpl-controls" }, stage.node, tensor.node, format.node), scale.node,
-  h("div", { class: "mpl-row" }, predict, reveal, expected.node),
-  picked.node, said.verdict, said.score, shares.node, said.stage, others.node, said.device);
+  h("div", { class: "mpl-controls" }, stage.node, format.node), tensor.node, scale.node,
+  h("div", { class: "mpl-row" }, predict, reveal), expected.node, picked.node,
+  said.verdict, said.score, shares.node, said.stage, others.node, said.device);
   picked.node.classList.add("mpl-grab");
   let held = null;
   picked.node.addEventListener("pointerdown", (event) => {
@@ -272,6 +275,7 @@ function render({ model, el }) {
     const words = texts(now, formats, book);
     for (const [key, text] of Object.entries(words)) write(said[key] ?? shares.found[key] ?? others.found[key], text);
     said.score.hidden = words.score === "";
+    said.stage.hidden = hidden;
     const counts = fates(t, edges, k);
     FATES.forEach((fate, i) => { shares.shares[fate].style.width = hidden ? 0 : `${(100 * counts[i] / t.total).toFixed(2)}%`; });
     others.rows.forEach((row, i) => row.classList.toggle("mpl-current", i === index));
