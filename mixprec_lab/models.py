@@ -39,6 +39,18 @@ def convnet(seed: int = 0) -> nn.Sequential:
         )  # fmt: skip
 
 
+def autoencoder(seed: int = 0) -> nn.Sequential:
+    """A bottleneck for flat 8 x 8 images: 64, 48, 16, 48, 64 units, tanh between them, 7,856 parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(64, 48), nn.Tanh(),
+            nn.Linear(48, 16), nn.Tanh(),
+            nn.Linear(16, 48), nn.Tanh(),
+            nn.Linear(48, 64),
+        )  # fmt: skip
+
+
 class Attention(nn.Module):
     """Self-attention with every operator in sight: logits, softmax and the weighted sum are calls of their own."""
 

@@ -31,6 +31,114 @@ def test_a_stub_is_not_done_and_a_crash_is_shown(check, capsys):
     assert verdict(check, lambda *a: torch.ones(2, 2), capsys).startswith("Not yet: expected ")
 
 
+def consumes_its_generator(parameters, scale):
+    overflow = any(not p.grad.isfinite().all() for p in parameters)
+    for p in parameters:
+        p.grad /= scale
+    return overflow
+
+
+def unscales_without_looking(parameters, scale):
+    for p in parameters:
+        p.grad /= scale
+    return False
+
+
+def halves_without_a_floor(scale, clean, overflow):
+    if overflow:
+        return scale / 2, 0
+    return (min(scale * 2, 2.0**24), 0) if clean + 1 == 2000 else (scale, clean + 1)
+
+
+def doubles_without_a_ceiling(scale, clean, overflow):
+    if overflow:
+        return max(scale / 2, 1.0), 0
+    return (scale * 2, 0) if clean + 1 == 2000 else (scale, clean + 1)
+
+
+def clips_the_scaled_gradient(scaler, optimizer, parameters, loss):
+    scaler.scale_loss(loss).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    return scaler.step(optimizer)
+
+
+def clips_after_the_step(scaler, optimizer, parameters, loss):
+    scaler.scale_loss(loss).backward()
+    taken = scaler.step(optimizer)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    return taken
+
+
+def steps_past_the_scaler(scaler, optimizer, parameters, loss):
+    scaler.scale_loss(loss).backward()
+    scaler.unscale_gradients(optimizer)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    scaler.update_scale()
+    return True
+
+
+def masters_that_no_optimizer_steps(model, batches, lr):
+    masters = [p.detach().float() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for x, y in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x).float(), y).backward()
+        optimizer.step()
+        for p, master in zip(model.parameters(), masters, strict=True):
+            p.data.copy_(master)
+    return model
+
+
+def zeroes_the_masters_only(model, batches, lr):
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.SGD(masters, lr=lr)
+    for x, y in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x).float(), y).backward()
+        for p, master in zip(model.parameters(), masters, strict=True):
+            master.grad = p.grad.float()
+        optimizer.step()
+        for p, master in zip(model.parameters(), masters, strict=True):
+            p.data.copy_(master.detach())
+    return model
+
+
+def steps_the_model_itself(model, batches, lr):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for x, y in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x).float(), y).backward()
+        optimizer.step()
+    return model
+
+
+def unscales_in_fp16(master, gradient, scale, lr):
+    if not gradient.isfinite().all():
+        return False
+    master -= lr * (gradient / scale).float()
+    return True
+
+
+def never_skips(master, gradient, scale, lr):
+    master -= lr * (gradient.float() / scale)
+    return True
+
+
+def never_unscales(master, gradient, scale, lr):
+    if not gradient.isfinite().all():
+        return False
+    master -= lr * gradient.float()
+    return True
+
+
+def average_in_bf16(stream, decay):
+    average = stream[0].clone()
+    for weights in stream[1:]:
+        average.mul_(decay).add_(weights, alpha=1 - decay)
+    return average
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "told"),
     [
@@ -45,6 +153,28 @@ def test_a_stub_is_not_done_and_a_crash_is_shown(check, capsys):
         (checks.stochastic_grid, lambda x, g: x.round(), "mean"),
         (checks.stochastic_grid, lambda x, g: torch.floor(x + 1), "neighbours of"),
         (checks.worst_relative_error, lambda n: get_format(n).unit_roundoff, "expected 0.111"),
+        (checks.first_lost_ratio, lambda w, n: 2 ** (get_format(n).mantissa_bits + 1), "for first_lost_ratio(1.0"),
+        (checks.train_on_masters, masters_that_no_optimizer_steps, "for train(1, 0.5)"),
+        (checks.train_on_masters, zeroes_the_masters_only, "for train(2, 0.5)"),
+        (checks.train_on_masters, steps_the_model_itself, "for train("),
+        (checks.unscaled_step, unscales_in_fp16, "for step(a tensor of 3 values (9.53674e-07, ...), 1024)"),
+        (checks.unscaled_step, never_skips, "for step(a tensor of 3 values (1, ...)"),
+        (checks.unscaled_step, never_unscales, "got a tensor of 4 values (0.999023"),
+        (checks.state_bytes, lambda master, moments: 16 if master else 8, "expected 12, got 16"),
+        (checks.moving_average, average_in_bf16, "expected a tensor of 3 values (1.39"),
+        (checks.unscales_all, consumes_its_generator, "got 'overflow False, gradients [65536.0"),
+        (checks.unscales_all, unscales_without_looking, "expected 'overflow True'"),
+        (checks.next_scale, halves_without_a_floor, "'xxxxxxxx"),
+        (
+            checks.next_scale,
+            doubles_without_a_ceiling,
+            "expected 'scale 1.67772e+07, 0 clean steps', got 'scale 3.35544e+07",
+        ),
+        (checks.scaled_loss, lambda loss, scale: loss * scale, "expected 196608, got inf"),
+        (checks.unscaled_in_fp32, lambda g, scale: g / scale, "a tensor of 4 values"),
+        (checks.clipped_step, clips_the_scaled_gradient, "got 'weight (-0.0000, -0.0000)"),
+        (checks.clipped_step, clips_after_the_step, "got 'weight (-3.0000, -4.0000)"),
+        (checks.clipped_step, steps_past_the_scaler, "got 'weight (nan"),
     ],
 )
 def test_the_usual_mistake_is_told_apart(check, wrong, told, capsys):

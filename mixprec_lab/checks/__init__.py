@@ -6,16 +6,34 @@ shown as what was got: a check never fails with a traceback.
 """
 
 from mixprec_lab.checks.formats import decode_e4m3, first_lost_integer, flushed_share, reports_overflow
+from mixprec_lab.checks.loss_scaling import clipped_step, next_scale, scaled_loss, unscaled_in_fp32, unscales_all
+from mixprec_lab.checks.master_weights import (
+    first_lost_ratio,
+    moving_average,
+    state_bytes,
+    train_on_masters,
+    unscaled_step,
+)
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
 
 __all__ = [
+    "clipped_step",
     "decode_e4m3",
     "first_lost_integer",
+    "first_lost_ratio",
     "flushed_share",
     "kahan_bf16",
+    "moving_average",
+    "next_scale",
     "reports_overflow",
+    "scaled_loss",
     "stall_point",
+    "state_bytes",
     "stochastic_grid",
+    "train_on_masters",
     "true_sum_in_bf16",
+    "unscaled_in_fp32",
+    "unscaled_step",
+    "unscales_all",
     "worst_relative_error",
 ]

@@ -5,6 +5,8 @@
 
 from mixprec_lab.plots.amp import gradient_scale, pillars, training_step
 from mixprec_lab.plots.formats import bit_layouts, exponent_histogram, relative_gaps, windows
+from mixprec_lab.plots.loss_scaling import gradient_windows, scale_paths, training_curves
+from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
 from mixprec_lab.plots.style import FIELD_COLOURS, FORMAT_COLOURS, axes, colour, use_style
@@ -12,6 +14,7 @@ from mixprec_lab.plots.style import FIELD_COLOURS, FORMAT_COLOURS, axes, colour,
 __all__ = [
     "FIELD_COLOURS",
     "FORMAT_COLOURS",
+    "METHOD_STYLES",
     "TERM_COLOURS",
     "axes",
     "bit_layouts",
@@ -19,12 +22,17 @@ __all__ = [
     "error_against_magnitude",
     "exponent_histogram",
     "gradient_scale",
+    "gradient_windows",
     "memory_bars",
     "pillars",
     "relative_gaps",
     "rounding_steps",
     "running_sums",
+    "scale_paths",
+    "seed_ranges",
+    "training_curves",
     "training_step",
+    "update_thresholds",
     "use_style",
     "windows",
 ]
