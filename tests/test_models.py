@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixprec_lab.models import convnet, digits, recorded_gradients, train, transformer
+from mixprec_lab.models import autoencoder, convnet, digits, recorded_gradients, train, transformer
 
 
 def test_digits_are_split_once_and_whole():
@@ -75,3 +75,26 @@ def test_transformer_learns_the_digits():
 def test_transformer_refuses_heads_that_do_not_divide_the_width():
     with pytest.raises(ValueError, match="multiple of heads, got 32 and 5"):
         transformer(heads=5)
+
+
+def test_autoencoder_is_fixed_by_its_seed_and_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    a, b, c = (autoencoder(seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(next(a.parameters()), next(c.parameters()))
+    assert sum(p.numel() for p in a.parameters()) == 7_856
+
+
+def test_autoencoder_learns_more_than_the_mean_image():
+    data, model = digits(), autoencoder()
+    images, test = data.train_images.flatten(1), data.test_images.flatten(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        x = images[torch.randint(len(images), (64,), generator=generator)]
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), x).backward()
+        optimizer.step()
+    error = torch.nn.functional.mse_loss(model(test), test)
+    assert error < 0.5 * torch.nn.functional.mse_loss(images.mean(0).expand_as(test), test)

@@ -154,7 +154,9 @@ def _kernel(fmt: FloatFormat, rounding: str, overflow: str, dtype: torch.dtype) 
     """The function ``(x, out, scratch, generator)`` that rounds one block of ``x`` into ``out``."""
     lay = _LAYOUTS[dtype]
     like_float32 = (fmt.specials, fmt.exponent_bits, fmt.bias) == ("ieee", 8, 127) and fmt.mantissa_bits < 23
-    if rounding != "nearest_even":
+    if rounding == "stochastic" and like_float32 and dtype == torch.float32:
+        round_block = _stochastic_by_integer_addition(fmt)
+    elif rounding != "nearest_even":
         round_block = _by_scaling(fmt, lay, rounding)
     elif fmt.mantissa_bits <= lay.fraction_bits - 2 and 2 * fmt.max_exponent < lay.max_exponent:
         round_block = _nearest_even_by_addition(fmt, lay)
@@ -202,6 +204,19 @@ def _nearest_even_by_integer_addition(fmt: FloatFormat) -> Kernel:
     return round_block
 
 
+def _stochastic_by_integer_addition(fmt: FloatFormat) -> Kernel:
+    """The same with random bits: they carry into the last kept bit with the probability that the cut ones stand for."""
+    cut = 23 - fmt.mantissa_bits
+
+    def round_block(x, o, s, generator):
+        draws, lowest = _random_bits(x, cut, generator)
+        s.copy_(draws).sub_(lowest).add_(x.view(torch.int32)).bitwise_and_(-(1 << cut))
+        rounded = s.view(torch.float32)
+        torch.clamp(x, rounded, rounded, out=o)
+
+    return round_block
+
+
 def _by_scaling(fmt: FloatFormat, lay: _Layout, rounding: str) -> Kernel:
     """Divide by the step, round to an integer, multiply back: every operation but the rounding is exact."""
     below_half = 0.5 - 2.0 ** -(lay.fraction_bits + 2)  # so that adding it never carries a value below a tie over it
@@ -228,15 +243,19 @@ def _by_scaling(fmt: FloatFormat, lay: _Layout, rounding: str) -> Kernel:
 
 def _random_fraction(like: torch.Tensor, bits: int, generator: torch.Generator | None) -> torch.Tensor:
     """Uniform multiples of ``2**-bits`` in [0, 1): few enough bits that adding one to an integer in range is exact."""
+    draws, lowest = _random_bits(like, bits, generator)
+    return draws.to(like.dtype).sub_(lowest).mul_(2.0**-bits)
+
+
+def _random_bits(like: torch.Tensor, bits: int, generator: torch.Generator | None) -> tuple[torch.Tensor, int]:
+    """Uniform integers, one for each element of ``like``, of the ``2**bits`` from the second result on."""
     # Filling 64-bit words is the cheapest generator torch has on a CPU; each holds as many draws as their bits allow.
     integer = torch.int16 if bits <= 16 else _LAYOUTS[like.dtype].integer
     per_word = 8 // integer.itemsize
     words = (like.numel() + per_word - 1) // per_word
     random = torch.empty(words, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
     draws = random.view(integer)[: like.numel()]
-    if bits == 16:
-        return draws.to(like.dtype).add_(2**15).mul_(2.0**-16)
-    return draws.bitwise_and_((1 << bits) - 1).to(like.dtype).mul_(2.0**-bits)
+    return (draws, -(2**15)) if bits == 16 else (draws.bitwise_and_((1 << bits) - 1), 0)
 
 
 def _limit(fmt: FloatFormat, rounding: str, overflow: str, lay: _Layout) -> Callable:
