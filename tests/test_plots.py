@@ -70,6 +70,22 @@ def test_relative_gaps_lie_between_eps_and_half_of_it():
     assert set(line.get_ydata()) == {2.0**-7, 2.0**-8}
 
 
+def test_update_thresholds_are_half_gaps_and_rates_lie_across():
+    ax = plots.update_thresholds(["bf16", "fp16"], -2, 1, [1e-3])
+    bf16, fp16, rate = ax.lines
+    assert set(bf16.get_ydata()) == {2.0**-10, 2.0**-9, 2.0**-8, 2.0**-7}
+    assert set(8 * fp16.get_ydata()) == set(bf16.get_ydata()) and set(rate.get_ydata()) == {1e-3}
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_seed_ranges_draw_the_mean_and_the_extremes():
+    ax = plots.seed_ranges({"nearest": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}, 10, "loss")
+    (line,), (band,) = ax.lines, ax.collections
+    assert line.get_ydata().tolist() == [2, 4] and line.get_xdata().tolist() == [0, 10]
+    assert set(map(tuple, band.get_paths()[0].vertices.tolist())) >= {(0, 1), (0, 3), (10, 2), (10, 6)}
+    assert ax.get_xlabel() and ax.get_ylabel() == "loss"
+
+
 def test_rounding_and_error_figures_have_labels():
     for ax in (
         plots.rounding_steps("fp4_e2m1", -2, 2),
