@@ -113,10 +113,14 @@ def _largest_results(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, flo
 @contextlib.contextmanager
 def _module_names(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Inside, the last entry of ``stack`` is the name of the module that runs."""
+
+    def leave(_module: nn.Module, _args: tuple, _output: Any) -> None:  # what a hook returns would replace the output
+        stack.pop()
+
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda _m, _a, n=name: stack.append(n or "model")))
-        hooks.append(module.register_forward_hook(lambda _m, _a, _o: stack.pop(), always_call=True))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
