@@ -79,6 +79,9 @@ SAFE = "The largest S that is safe for all 2 tensors is 2^14."
         ({}, "score", ""),
         ({"phase": "revealed", "guess": 25, "expected": 0}, "score",
          "Your S = 2^25 is the largest safe one. You expected it to flush 0 %; it flushes 0 %."),
+        ({"format": "bf16", "phase": "revealed", "guess": 40, "expected": 0}, "score",
+         "Your S = 2^40 is safe, and so is any that the slider offers: up to 2^137. "
+         "You expected it to flush 0 %; it flushes 0 %."),
         ({"phase": "revealed", "guess": 3, "expected": 50}, "score",
          "Your S = 2^3 is 22 binades below the largest safe one, 2^25. "
          "You expected it to flush 50 %; it flushes 25.00 %."),

@@ -64,6 +64,7 @@ function score(t, edges, { guess, expected }) {
   if (best !== null) {
     const off = plural(Math.abs(guess - best), "binade");
     if (guess === best) found = `Your S = 2^${guess} is the largest safe one.`;
+    else if (guess === LARGEST && guess < best) found = `Your S = 2^${guess} is safe, and so is any that the slider offers: up to 2^${best}.`;
     else if (guess < best) found = `Your S = 2^${guess} is ${off} below the largest safe one, 2^${best}.`;
     else found = `Your S = 2^${guess} is ${off} above the largest safe one, 2^${best}: it overflows.`;
   }

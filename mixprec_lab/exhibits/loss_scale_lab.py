@@ -177,6 +177,8 @@ class LossScaleLab(Exhibit):
             found = "For this tensor there is no largest safe S to find."
         elif guess == best:
             found = f"Your S = 2^{guess} is the largest safe one."
+        elif guess == self.traits()["guess"].max < best:
+            found = f"Your S = 2^{guess} is safe, and so is any that the slider offers: up to 2^{best}."
         elif guess < best:
             found = f"Your S = 2^{guess} is {_plural(best - guess, 'binade')} below the largest safe one, 2^{best}."
         else:
