@@ -7,7 +7,13 @@ import torch
 from torch import distributed, nn
 
 from mixprec_lab.bf16_vs_fp16.conversion import Keep, bf16_autocast, cast_floating, to_bf16
-from mixprec_lab.bf16_vs_fp16.updates import MasterUpdate, NarrowUpdate, bf16_adamw_for, gradient_slots
+from mixprec_lab.bf16_vs_fp16.updates import (
+    MasterUpdate,
+    NarrowUpdate,
+    bf16_adamw_for,
+    check_followable,
+    gradient_slots,
+)
 
 Update = Literal["master", "stochastic", "kahan", "nearest"]
 UPDATES: tuple[str, ...] = ("master", "stochastic", "kahan", "nearest")
@@ -39,7 +45,8 @@ class BF16Trainer:
 
     Raises TypeError for a model wrapped in DistributedDataParallel, which would reduce in BF16, and for an optimizer
     that ``update`` cannot use; ValueError for an unknown ``update``, ``max_norm`` <= 0, ``accumulation_steps`` < 1, a
-    generator without stochastic rounding, and parameters that are not the model's; and as ``to_bf16``.
+    generator without stochastic rounding, and parameters that are not the model's; and as ``to_bf16``.  The model is
+    converted only when all of that is in order.
     """
 
     def __init__(
@@ -165,6 +172,8 @@ def _check(
     for group in optimizer.param_groups:
         if not known.issuperset(group["params"]):
             raise ValueError("expected an optimizer built on the parameters of the model, got one with others")
+    if update in ("stochastic", "kahan"):
+        check_followable(optimizer, update)
     if update != "master" and optimizer.state:
         raise ValueError(
             f"expected a fresh optimizer for update={update!r}, got one with state: its FP32 moments would be lost"

@@ -129,13 +129,8 @@ class NarrowUpdate:
             slot.total = None if saved is None else saved.to(slot.parameter.device, copy=True)
 
 
-def bf16_adamw_for(
-    optimizer: torch.optim.Optimizer, update: Literal["stochastic", "kahan"], generator: torch.Generator | None
-) -> BF16AdamW:
-    """A ``BF16AdamW`` that takes the BF16 parameters out of ``optimizer``, group by group; FP32 ones stay in it.
-
-    Raises TypeError unless ``optimizer`` is a ``torch.optim.AdamW``, ValueError for its options amsgrad and maximize.
-    """
+def check_followable(optimizer: torch.optim.Optimizer, update: str) -> None:
+    """Raise TypeError unless ``optimizer`` is a ``torch.optim.AdamW``, ValueError for what ``BF16AdamW`` cannot do."""
     if not isinstance(optimizer, torch.optim.AdamW):
         raise TypeError(
             f"expected a torch.optim.AdamW for update={update!r}, got {type(optimizer).__name__}: "
@@ -144,6 +139,12 @@ def bf16_adamw_for(
     for option in ("amsgrad", "maximize"):
         if any(group[option] for group in optimizer.param_groups):
             raise ValueError(f"BF16AdamW has no option {option}: build the AdamW without it, or use update='master'")
+
+
+def bf16_adamw_for(
+    optimizer: torch.optim.AdamW, update: Literal["stochastic", "kahan"], generator: torch.Generator | None
+) -> BF16AdamW:
+    """A ``BF16AdamW`` that takes the BF16 parameters out of ``optimizer``, group by group; FP32 ones stay in it."""
     groups = []
     for group in optimizer.param_groups:
         narrow = [p for p in group["params"] if p.dtype == torch.bfloat16]
