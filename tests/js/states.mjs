@@ -25,6 +25,8 @@ const answers = {
       runs: found.runs.map((run) => ({ before: exact(run.before), after: exact(run.after), left: [...run.left],
         overflow: [...run.overflow], endedAt: run.endedAt })) };
   },
+  "precision-chooser": () => (state) => js.texts(state, traits),
+  "same-tensor": () => (state) => js.texts(js.compute(state, traits), state, traits),
   "memory-calculator": () => (state) => {
     const found = js.compute(state, traits.tables);
     return { texts: js.texts(found, state, traits.tables), bills: found.bills };
