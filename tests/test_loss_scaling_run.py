@@ -12,7 +12,6 @@ from mixprec_lab.loss_scaling import (
     MagnitudeHistogram,
     StaticLossScaler,
     record_gradients,
-    simulate_scaler,
 )
 from mixprec_lab.loss_scaling.experiment import pixel_loss, train_on_pixels, unexplained
 
@@ -127,9 +126,3 @@ def test_training_curves_hold_every_seed_and_name_every_way_once(figures):
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3, 2], [4, 1], [1, 1]]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
     assert ax.lines[2].get_color() == plots.colour("fp16") and ax.get_xlabel() and ax.get_ylabel()
-
-
-def test_scale_paths_cross_out_the_skipped_steps(figures):
-    run = simulate_scaler("torch", [1.0, 0.25, 1.0])
-    line, crosses = plots.scale_paths({"torch": run}).lines
-    assert line.get_ydata().tolist() == [16, 15, 15] and crosses.get_xdata().tolist() == [0]

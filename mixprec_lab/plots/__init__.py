@@ -4,8 +4,9 @@
 """
 
 from mixprec_lab.plots.amp import gradient_scale, pillars, training_step
+from mixprec_lab.plots.bf16_vs_fp16 import losses, paired_differences, updates_lost
 from mixprec_lab.plots.formats import bit_layouts, exponent_histogram, relative_gaps, windows
-from mixprec_lab.plots.loss_scaling import gradient_windows, scale_paths, training_curves
+from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
@@ -23,16 +24,18 @@ __all__ = [
     "exponent_histogram",
     "gradient_scale",
     "gradient_windows",
+    "losses",
     "memory_bars",
+    "paired_differences",
     "pillars",
     "relative_gaps",
     "rounding_steps",
     "running_sums",
-    "scale_paths",
     "seed_ranges",
     "training_curves",
     "training_step",
     "update_thresholds",
+    "updates_lost",
     "use_style",
     "windows",
 ]

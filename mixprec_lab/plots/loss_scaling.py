@@ -1,4 +1,4 @@
-"""Figures of the chapter ``loss_scaling``: gradients in a format's window, training curves, scales over steps."""
+"""Figures of the chapter ``loss_scaling``: gradients in a format's window, training curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from mixprec_lab.plots.style import axes, colour
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mixprec_lab.loss_scaling import MagnitudeHistogram, ScalerRun
+    from mixprec_lab.loss_scaling import MagnitudeHistogram
 
 _LINES = ("-", "--", "-.", ":")
 
@@ -34,7 +34,7 @@ def gradient_windows(
             ax.stairs(shares, edges, color="#222222", linestyle=style, linewidth=1.6, label=name)
         ax.set_title(f"S = 2^{k}" if k else "S = 1", fontsize=10)
         ax.set_ylabel("% per binade")
-    panels[0, 0].legend(loc="upper left", fontsize=9)
+    panels[0, 0].legend(loc="center right", bbox_to_anchor=(0.86, 0.5), fontsize=9)
     panels[-1, 0].set_xlabel("log2 of the scaled gradient's magnitude")
     return panels[-1, 0]
 
@@ -55,25 +55,11 @@ def _ranges(ax: "Axes", fmt: FloatFormat) -> None:
 def training_curves(curves: Mapping[str, Sequence[Sequence[float]]], formats: Mapping[str, FormatLike]) -> "Axes":
     """Error against step, log scale; one line a seed, one line style and its format's colour a way of training."""
     ax = axes()
-    for (name, seeds), style in zip(curves.items(), _LINES, strict=False):
-        for i, errors in enumerate(seeds):
-            ax.plot(errors, style, color=colour(formats[name]), linewidth=1.5, label=None if i else name)
+    for (name, seeds), style, width in zip(curves.items(), _LINES, (4, 1.5, 1.5, 1.5), strict=False):
+        for i, errors in enumerate(seeds):  # the first way is drawn wide, so that others on top of it show
+            ax.plot(errors, style, color=colour(formats[name]), linewidth=width, label=None if i else name)
     ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("squared error per pixel")
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
-    return ax
-
-
-def scale_paths(runs: Mapping[str, "ScalerRun"]) -> "Axes":
-    """log2 of the loss scale against step, a line style a rule; a cross where a step was skipped."""
-    ax = axes(height=3.0)
-    for (name, run), style in zip(runs.items(), _LINES, strict=False):
-        scales = [math.log2(s) for s in run.scale_before]
-        (line,) = ax.step(range(len(scales)), scales, style, where="post", label=name, linewidth=1.6)
-        skipped = [i for i, overflow in enumerate(run.overflow) if overflow]
-        ax.plot(skipped, [scales[i] for i in skipped], "x", color=line.get_color(), markersize=6)
-    ax.set_xlabel("step (cross: skipped)")
-    ax.set_ylabel("log2 of the loss scale")
-    ax.legend()
     return ax
