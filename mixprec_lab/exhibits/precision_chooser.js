@@ -41,12 +41,11 @@ export function texts(state, { tables, formats, parts }) {
     out[`${field}-${at}-source`] = `${source.title}, ${source.date}`;
   }
   const other = PRIORITIES.find((p) => p !== state.priority), theirs = compute({ ...state, priority: other }, tables);
-  const listed = (decisions, field) => decisions.filter((d) => d.field === field).map((d) =>
-    (tables.single_fields.includes(field) ? title(d.value) : d.value)).join(", ") || "none";
-  const changed = parts.map(([field, name]) => [name, listed(theirs, field), listed(chosen, field)])
+  const of = (field, decisions = chosen) => decisions.find((d) => d.field === field).value;
+  const changed = parts.filter(([field]) => tables.single_fields.includes(field))
+    .map(([field, name]) => [name, title(of(field, theirs)), title(of(field))])
     .filter(([, now, before]) => now !== before).map(([name, now, before]) => `${name}: ${now} instead of ${before}`);
-  const of = (field) => chosen.find((d) => d.field === field).value, hardware = find(tables.hardware, state.hardware);
-  const training = of("backward") !== "none";
+  const hardware = find(tables.hardware, state.hardware), training = of("backward") !== "none";
   const scaling = of("loss_scaling") === "dynamic" ? "with dynamic loss scaling" : "without loss scaling";
   out.verdict = `${hardware.title}, ${find(tables.tasks, state.task).title}: ${training ? "training" : "inference"} in `
     + `${title(of("forward"))}${training ? `, ${scaling}` : ""}.${hardware.features.includes("bf16") ? "" : " It has no BF16 units."}`;
@@ -137,7 +136,8 @@ function render({ model, el }) {
   const root = frame({ model, el, kind: "precision-chooser", title: "Precision chooser",
     hint: "Choose a pair from the lists, by a click on the map, or by arrow keys in it." },
   h("div", { class: "mpl-controls" }, ...Object.values(lists).map((control) => control.node)), said, map.node,
-  legend(data.formats), list);
+  legend(data.formats),
+  h("div", { class: "mpl-scroll mpl-parts", role: "group", tabindex: 0, "aria-label": "The recommendation, part by part" }, list));
   map.node.classList.add("mpl-pick");
   map.node.setAttribute("role", "application");
   map.node.setAttribute("tabindex", "0");

@@ -1,7 +1,5 @@
 """The precision chooser: hardware, task and priority to a recommendation, every part of it with reason and source."""
 
-from typing import Any
-
 import traitlets as t
 
 from mixprec_lab.bf16_vs_fp16 import HARDWARE, TASKS, Recommendation, get_hardware, get_task, recommend, tables
@@ -76,9 +74,9 @@ class PrecisionChooser(Exhibit):
         other = next(p for p in PRIORITIES if p != self.priority)
         theirs = self.recommendation(other).as_dict()
         changed = [
-            f"{PARTS[field]}: {_listed(theirs[field])} instead of {_listed(value)}"
+            f"{PARTS[field]}: {_title(theirs[field])} instead of {_title(value)}"
             for field, value in chosen.as_dict().items()
-            if theirs[field] != value
+            if isinstance(value, str) and theirs[field] != value
         ]
         return f"With {other} first: {'; '.join(changed) or 'the same'}."
 
@@ -91,9 +89,5 @@ def _verdict(chosen: Recommendation) -> str:
     return f"{chosen.hardware.title}, {chosen.task.title}: {kind} in {_title(chosen.forward.value)}{end}.{native}"
 
 
-def _listed(value: str | list[str]) -> str:
-    return _title(value) if isinstance(value, str) else ", ".join(value) or "none"
-
-
-def _title(value: Any) -> str:
+def _title(value: str) -> str:
     return FORMATS[value].title if value in FORMATS else value
