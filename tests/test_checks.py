@@ -7,6 +7,7 @@ import torch
 
 from mixprec_lab import checks
 from mixprec_lab.formats import decode, get_format
+from mixprec_lab.memory import GPUS, training_memory
 from mixprec_lab.rounding import accumulate
 
 ALL = [getattr(checks, name) for name in checks.__all__]
@@ -139,6 +140,31 @@ def average_in_bf16(stream, decay):
     return average
 
 
+def counts_every_saved_tensor(forward, model):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel() * t.itemsize) or t, lambda t: t):
+        forward()
+    return sum(sizes)
+
+
+def counts_tensors_not_storages(forward, model):
+    held, sizes = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        if t.data_ptr() not in held:
+            sizes[t.data_ptr()] = t.numel() * t.itemsize
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(sizes.values())
+
+
+def batch_without_logits(model, gpu):
+    none, one = (training_memory(model, "autocast", **run) for run in ({}, {"sequence": 2048, "batch": 1}))
+    return int((GPUS[gpu].capacity - none.total) // one.activations)
+
+
 @pytest.mark.parametrize(
     ("check", "wrong", "told"),
     [
@@ -162,6 +188,13 @@ def average_in_bf16(stream, decay):
         (checks.unscaled_step, never_unscales, "got a tensor of 4 values (0.999023"),
         (checks.state_bytes, lambda master, moments: 16 if master else 8, "expected 12, got 16"),
         (checks.moving_average, average_in_bf16, "expected a tensor of 3 values (1.39"),
+        (checks.sharded_states, lambda n, s, gpus: 16 * n // (gpus if s else 1), "expected 80000000, got 64000000"),
+        (checks.sharded_states, lambda n, stage, gpus: 16 * n, "for sharded_states(8000000, 1, 2)"),
+        (checks.adapter_states, lambda n, extra, bits: 16 * (n + extra), "expected 32640000, got 128640000"),
+        (checks.adapter_states, lambda n, extra, bits: n * bits // 8 + 4 * extra, "adapter_states(8000000, 40000, 32)"),
+        (checks.saved_once, counts_every_saved_tensor, "for count('two views of one tensor')"),
+        (checks.saved_once, counts_tensors_not_storages, "for count('two views of one tensor')"),
+        (checks.largest_batch, batch_without_logits, "for largest_batch('gpt2', 't4')"),
         (checks.unscales_all, consumes_its_generator, "got 'overflow False, gradients [65536.0"),
         (checks.unscales_all, unscales_without_looking, "expected 'overflow True'"),
         (checks.next_scale, halves_without_a_floor, "'xxxxxxxx"),

@@ -8,6 +8,7 @@ import torch
 
 from mixprec_lab import plots
 from mixprec_lab.formats import FORMATS, FloatFormat
+from mixprec_lab.memory import training_memory
 
 mpl.use("Agg")
 
@@ -84,6 +85,17 @@ def test_seed_ranges_draw_the_mean_and_the_extremes():
     assert line.get_ydata().tolist() == [2, 4] and line.get_xdata().tolist() == [0, 10]
     assert set(map(tuple, band.get_paths()[0].vertices.tolist())) >= {(0, 1), (0, 3), (10, 2), (10, 6)}
     assert ax.get_xlabel() and ax.get_ylabel() == "loss"
+
+
+def test_memory_bars_end_at_the_total_and_the_capacity_is_a_line():
+    bills = {"a": training_memory(10**9, "bf16_master"), "b": training_memory("gpt2", "fp32", sequence=64, batch=1)}
+    ax = plots.memory_bars(bills, capacity=24e9)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and ax.get_xlabel() == "GB on one GPU"
+    ends = [max(bars[i].get_x() + bars[i].get_width() for bars in ax.containers) for i in (0, 1)]
+    assert ends == pytest.approx([bill.total / 1e9 for bill in bills.values()])
+    assert [bars.get_label() for bars in ax.containers] == ["weights", "gradients", "masters", "moments", "activations",
+                                                            "logits"]  # fmt: skip
+    assert list(ax.lines[0].get_xdata()) == [24, 24]
 
 
 def test_rounding_and_error_figures_have_labels():

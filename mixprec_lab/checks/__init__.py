@@ -14,19 +14,24 @@ from mixprec_lab.checks.master_weights import (
     train_on_masters,
     unscaled_step,
 )
+from mixprec_lab.checks.memory import adapter_states, largest_batch, saved_once, sharded_states
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
 
 __all__ = [
+    "adapter_states",
     "clipped_step",
     "decode_e4m3",
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
     "kahan_bf16",
+    "largest_batch",
     "moving_average",
     "next_scale",
     "reports_overflow",
+    "saved_once",
     "scaled_loss",
+    "sharded_states",
     "stall_point",
     "state_bytes",
     "stochastic_grid",
