@@ -5,13 +5,23 @@ import json
 
 import pytest
 import torch
+import traitlets
 from conftest import run_node
 from torch import nn
 from widget_page import assert_page_is_python, said
 
 from mixprec_lab.amp import trace_autocast
 from mixprec_lab.exhibits import AutocastMicroscope
-from mixprec_lab.exhibits.autocast_microscope import AUTOCAST, LABELS, MANUAL, PASSES, POLICIES, SOFTMAX
+from mixprec_lab.exhibits.autocast_microscope import (
+    AUTOCAST,
+    LABELS,
+    MANUAL,
+    PASSES,
+    POLICIES,
+    SOFTMAX,
+    _packed,
+    _setting,
+)
 from mixprec_lab.models import transformer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,6 +75,24 @@ def test_the_second_batch_finds_every_weight_in_the_cache():
 )
 def test_the_verdict_tells_what_happens(state, verdict):
     assert verdict in AutocastMicroscope(**state).result()["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("autocast", "fp8"), ("policy", "tpu"), ("manual", "float"), ("softmax", "no"), ("forward_pass", "third"),
+     ("operator", "conv")],
+)  # fmt: skip
+def test_a_setting_that_is_none_is_refused(key, value):
+    with pytest.raises(traitlets.TraitError, match=f"expected {key} to be one of .*got '{value}'"):
+        AutocastMicroscope(**{key: value})
+
+
+def test_running_every_setting_leaves_threads_and_autocast_as_they_were():
+    before = torch.get_num_threads(), torch.is_autocast_enabled("cpu"), torch.random.get_rng_state().tolist()
+    _setting.cache_clear()
+    _packed.__wrapped__()
+    assert (torch.get_num_threads(), torch.is_autocast_enabled("cpu")) == before[:2]
+    assert torch.random.get_rng_state().tolist() == before[2]
 
 
 def test_javascript_says_what_python_says_in_every_state(tmp_path):
