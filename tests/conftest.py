@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives, most of all on a busy machine
+torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
