@@ -5,6 +5,7 @@ or ``Not yet: expected ..., got ... for f(...)`` with the first case that differ
 shown as what was got: a check never fails with a traceback.
 """
 
+from mixprec_lab.checks.bf16_vs_fp16 import clip_in_fp32, exact_from, norms_by_type, sign_flip_p
 from mixprec_lab.checks.formats import decode_e4m3, first_lost_integer, flushed_share, reports_overflow
 from mixprec_lab.checks.loss_scaling import clipped_step, next_scale, scaled_loss, unscaled_in_fp32, unscales_all
 from mixprec_lab.checks.master_weights import (
@@ -19,8 +20,10 @@ from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid
 
 __all__ = [
     "adapter_states",
+    "clip_in_fp32",
     "clipped_step",
     "decode_e4m3",
+    "exact_from",
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
@@ -28,10 +31,12 @@ __all__ = [
     "largest_batch",
     "moving_average",
     "next_scale",
+    "norms_by_type",
     "reports_overflow",
     "saved_once",
     "scaled_loss",
     "sharded_states",
+    "sign_flip_p",
     "stall_point",
     "state_bytes",
     "stochastic_grid",
