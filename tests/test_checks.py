@@ -1,9 +1,11 @@
 """The exercise checks: three verdicts, and no traceback from the reader's code."""
 
+import copy
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mixprec_lab import checks
 from mixprec_lab.formats import decode, get_format
@@ -222,3 +224,108 @@ def test_a_right_answer_is_correct(capsys):
 
     assert verdict(checks.stall_point, stall, capsys) == "Correct."
     assert verdict(checks.first_lost_integer, lambda m: torch.tensor(2 ** (m + 1) + 1), capsys) == "Correct."
+
+
+# -- amp ---------------------------------------------------------------------------------------------------------------
+
+
+def one_region_around_all_steps(model, optimizer, x, y, steps):
+    losses = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(steps):
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def one_region_a_step(model, optimizer, x, y, steps):
+    return [loss for _ in range(steps) for loss in one_region_around_all_steps(model, optimizer, x, y, 1)]
+
+
+def probabilities_outside_of_autocast(logits, targets):
+    with torch.autocast("cuda", enabled=False):
+        return F.binary_cross_entropy(torch.sigmoid(logits.float()), targets)
+
+
+def accumulates(*, divide=True, unscale="once", clip=True):
+    def step(model, optimizer, scaler, batches):
+        for x, y in batches:
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = F.mse_loss(model(x), y) / (len(batches) if divide else 1)
+            scaler.scale(loss).backward()
+            if unscale == "each time":
+                scaler.unscale_(optimizer)
+        if unscale == "once":
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0 if clip else math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        return norm
+
+    return step
+
+
+def states(model, optimizer, scaler):
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+
+
+def the_scale_without_its_tracker(model, optimizer, scaler):
+    fresh = torch.amp.GradScaler("cpu", growth_interval=3).state_dict()
+    return copy.deepcopy(states(model, optimizer, scaler) | {"scaler": fresh | {"scale": scaler.get_scale()}})
+
+
+def without_the_momentum(model, optimizer, scaler):
+    state = copy.deepcopy(states(model, optimizer, scaler))
+    state["optimizer"]["state"] = {}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong", "told"),
+    [
+        (checks.fresh_casts, one_region_around_all_steps, "got 'losses 4, 4, 4, 4'"),
+        (checks.logits_loss, lambda z, y: F.binary_cross_entropy(torch.sigmoid(z), y), "got 'RuntimeError: torch.nn"),
+        (checks.logits_loss, probabilities_outside_of_autocast, "for under_cuda_lists([12.0, 1.0]"),
+        (checks.accumulated_step, accumulates(divide=False), "got 'norm 20.0000"),
+        (checks.accumulated_step, accumulates(unscale="never"), "got 'norm 10240.0000, weight (-0.0006, -0.0008)"),
+        (checks.accumulated_step, accumulates(unscale="each time"), "unscale_() has already been called"),
+        (checks.accumulated_step, accumulates(clip=False), "got 'norm 10.0000, weight (-6.0000, -8.0000)"),
+        (checks.snapshot, lambda m, o, s: copy.deepcopy(states(m, o, s) | {"scaler": {}}), "RuntimeError"),
+        (checks.snapshot, states, "Not yet"),
+        (checks.snapshot, the_scale_without_its_tracker, "scale 256' for continued(2, 2)"),
+        (checks.snapshot, without_the_momentum, "Not yet"),
+        (
+            checks.fp16_tools,
+            lambda d: (torch.cuda.amp.autocast(), torch.cuda.amp.GradScaler()),
+            "got 'product in fp32, scale 1, 4 warnings'",
+        ),
+        (checks.fp16_tools, lambda d: (torch.autocast(d), torch.amp.GradScaler(d)), "got 'product in bf16"),
+        (
+            checks.fp16_tools,
+            lambda d: (torch.autocast(d, dtype=torch.float16), torch.amp.GradScaler()),
+            "scale 1, 1 warnings",
+        ),
+    ],
+)
+def test_the_usual_mistake_with_autocast_is_told_apart(check, wrong, told, capsys):
+    if check is checks.fp16_tools and torch.cuda.is_available():
+        pytest.skip("these tools switch themselves off only where there is no CUDA device")
+    line = verdict(check, wrong, capsys)
+    assert line.startswith("Not yet: expected ") and told in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("check", "right"),
+    [
+        (checks.fresh_casts, one_region_a_step),
+        (checks.logits_loss, F.binary_cross_entropy_with_logits),
+        (checks.accumulated_step, accumulates()),
+        (checks.snapshot, lambda m, o, s: copy.deepcopy(states(m, o, s))),
+        (checks.fp16_tools, lambda d: (torch.autocast(d, dtype=torch.float16), torch.amp.GradScaler(d))),
+    ],
+)
+def test_a_right_answer_about_autocast_is_correct(check, right, capsys):
+    assert verdict(check, right, capsys) == "Correct."

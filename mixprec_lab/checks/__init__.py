@@ -5,6 +5,7 @@ or ``Not yet: expected ..., got ... for f(...)`` with the first case that differ
 shown as what was got: a check never fails with a traceback.
 """
 
+from mixprec_lab.checks.amp import accumulated_step, fp16_tools, fresh_casts, logits_loss, snapshot
 from mixprec_lab.checks.bf16_vs_fp16 import clip_in_fp32, exact_from, norms_by_type, sign_flip_p
 from mixprec_lab.checks.formats import decode_e4m3, first_lost_integer, flushed_share, reports_overflow
 from mixprec_lab.checks.loss_scaling import clipped_step, next_scale, scaled_loss, unscaled_in_fp32, unscales_all
@@ -19,6 +20,7 @@ from mixprec_lab.checks.memory import adapter_states, largest_batch, saved_once,
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
 
 __all__ = [
+    "accumulated_step",
     "adapter_states",
     "clip_in_fp32",
     "clipped_step",
@@ -27,8 +29,11 @@ __all__ = [
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
+    "fp16_tools",
+    "fresh_casts",
     "kahan_bf16",
     "largest_batch",
+    "logits_loss",
     "moving_average",
     "next_scale",
     "norms_by_type",
@@ -37,6 +42,7 @@ __all__ = [
     "scaled_loss",
     "sharded_states",
     "sign_flip_p",
+    "snapshot",
     "stall_point",
     "state_bytes",
     "stochastic_grid",
