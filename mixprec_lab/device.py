@@ -1,6 +1,8 @@
 """Which device this process computes on, and why: one decision, made once, said aloud."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,3 +40,18 @@ def _probe(name: str) -> torch.device:
             f"expected MIXPREC_DEVICE to name a device of this machine (cpu, cuda, cuda:1, ...), got {name!r}: "
             f"unset it, or install a torch build for that device"
         ) from error
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one CPU thread; afterwards on as many as before.
+
+    For work on small tensors: on a busy machine the threads of a thousand tiny operators wait for each other ten times
+    as long as they work.  It also makes results independent of the number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -23,3 +23,15 @@ def test_without_cuda_the_cpu_answers_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = device.pick()
     assert choice.device == torch.device("cpu") and "no CUDA device" in choice.reason
+
+
+def test_one_thread_gives_the_others_back_after_an_error_too():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), device.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

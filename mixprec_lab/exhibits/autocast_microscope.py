@@ -12,6 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mixprec_lab.amp import RULES, AutocastCall, AutocastTrace, trace_autocast
+from mixprec_lab.device import one_thread
 from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
 from mixprec_lab.formats import FORMATS
 from mixprec_lab.models import transformer
@@ -284,24 +285,13 @@ def _packed() -> tuple[list[list[Any]], dict[str, dict[str, Any]]]:
     """Every setting, with each different call written once."""
     numbers: dict[Call, int] = {}
     packed = {}
-    with _one_thread():
+    with one_thread():
         for setting in product(AUTOCAST, POLICIES, MANUAL, SOFTMAX):
             if setting == _key(*setting):
                 found = _setting(*setting)
                 first, second = ([numbers.setdefault(call, len(numbers)) for call in calls] for calls in found.passes)
                 packed["/".join(setting)] = found._asdict() | {"passes": {"first": first, "second": second}}
     return [[*call[:2], list(call.inputs), *call[3:]] for call in numbers], packed
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a busy machine the threads of a thousand tiny operators wait for each other ten times as long as they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _title(name: str) -> str:

@@ -325,7 +325,8 @@ def _digits_at_three_stages() -> tuple[dict[str, Stage], str]:
     place = devices.pick().device
     data, model, stages, done = models.digits(place), models.convnet().to(place), {}, 0
     for steps in (0, 100, 400):
-        models.train(model, data, steps - done, seed=steps)
+        with devices.one_thread():
+            models.train(model, data, steps - done, seed=steps)
         done = steps
         batch = data.train_images[:256], data.train_labels[:256]
         record = record_gradients(model, *batch, nn.functional.cross_entropy)

@@ -6,13 +6,13 @@ So the loss here is the sum of the squared errors divided by the number of eleme
 output gets the gradient that it would get there, and a laptop can train.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from mixprec_lab.device import one_thread
 from mixprec_lab.loss_scaling.scaler import DynamicLossScaler, StaticLossScaler
 from mixprec_lab.models import Digits, autoencoder
 
@@ -65,7 +65,7 @@ def train_on_pixels(
     loss_fn, train = pixel_loss(elements), data.train_images.flatten(1)
     generator = torch.Generator().manual_seed(seed)
     errors = []
-    with _one_thread():
+    with one_thread():
         for _ in range(steps):
             images = train[torch.randint(len(train), (64,), generator=generator)]
             with torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
@@ -92,13 +92,3 @@ def unexplained(model: nn.Module, data: Digits) -> float:
     images = data.test_images.flatten(1)
     blind = (images - data.train_images.flatten(1).mean(0)).square().mean()
     return float((model(images) - images).square().mean() / blind)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
