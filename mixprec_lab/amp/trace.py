@@ -13,6 +13,7 @@ from mixprec_lab.amp.casting import tensors_in
 from mixprec_lab.amp.policy import DISPATCH_KEYS, TORCH_VERSION, check_policy, dtype_name
 from mixprec_lab.amp.watch import Event, Watch
 from mixprec_lab.formats import text_table
+from mixprec_lab.untouched import untouched
 
 _ONE_AT_A_TIME = threading.Lock()  # the watched kernels are registered for the whole process
 
@@ -99,7 +100,7 @@ def trace_autocast(
 
 def _trace(model, inputs, dtype, watch: Watch, loss_fn=None, targets=None, backward=True) -> AutocastTrace:
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    with _ONE_AT_A_TIME, _nothing_stays(model, watch.host):
+    with _ONE_AT_A_TIME, untouched(model):
         with watch.listening(model), _region(watch.host, watch.policy, dtype):
             result = model(*arguments)
             if loss_fn is not None:
@@ -151,24 +152,6 @@ def _region(host: str, policy: str, dtype: torch.dtype) -> Iterator[None]:
         finally:
             torch.set_autocast_enabled(policy, before[0])
             torch.set_autocast_dtype(policy, before[1])
-
-
-@contextlib.contextmanager
-def _nothing_stays(model: nn.Module, host: str) -> Iterator[None]:
-    """Put buffers and random generators back; ``.grad`` is never written (see ``_run_backward``)."""
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if host == "cuda" else []):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, values in kept:
-                    module._buffers[name] = buffer.copy_(values)
 
 
 def _run_backward(model: nn.Module, arguments: tuple, result: Any) -> None:

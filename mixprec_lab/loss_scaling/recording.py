@@ -13,6 +13,7 @@ from torch import nn
 
 from mixprec_lab.formats import FormatLike
 from mixprec_lab.loss_scaling.histograms import MagnitudeHistogram, _boundaries, _check, _table, _thresholds
+from mixprec_lab.untouched import untouched
 
 KINDS = ("weights", "activations")
 
@@ -62,7 +63,7 @@ def record_gradients(
     if not parameters:
         raise ValueError("expected a model with a parameter that requires a gradient, got none")
     recorder = _Recorder(formats)
-    with _untouched(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad():
         with recorder.watching(model):
             outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
             loss = loss_fn(outputs, targets)
@@ -124,22 +125,3 @@ class _Recorder:
             for (kind, layer), table in zip(keys, tables, strict=True):
                 found[kind][layer] = MagnitudeHistogram(self.thresholds, table)
         return {k: {layer: found[k][layer] for kind, layer in self.tables if kind == k} for k in KINDS}
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Inside, the model may draw random numbers and write its buffers; afterwards both are as before."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer.copy_(before)

@@ -1,0 +1,31 @@
+"""Run a model once and leave it as it was: for tools that look at somebody else's model."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` may draw random numbers and write its buffers; afterwards both are as before.
+
+    The random state is that of the CPU and of the CUDA devices that hold parameters.  A buffer gets its values back, in
+    the same tensor, even if the module had put another one in its place.  Parameters and ``.grad`` are not looked
+    after: use ``torch.autograd.grad``, which writes neither.
+    """
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, values in buffers:
+                    module._buffers[name] = buffer.copy_(values)
