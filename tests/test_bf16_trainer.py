@@ -12,6 +12,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from mixprec_lab.bf16_vs_fp16 import UPDATES, BF16Trainer
+from mixprec_lab.device import one_thread
 from mixprec_lab.models import convnet, digits, transformer
 
 FP32 = torch.float32
@@ -275,6 +276,7 @@ def test_distributed_data_parallel_is_refused(tmp_path):
 # -------------------------------------------------------------------------------- the reason it exists
 
 
+@one_thread()
 def loss_of(seed: int, update: str | None, steps: int = 60) -> float:
     """Test loss of the small transformer after training in FP32 (None) or by BF16Trainer; one seed, one data order."""
     data, model = digits(), transformer(seed, width=16, depth=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mixprec_lab.device import one_thread
 from mixprec_lab.formats import (
     FloatFormat,
     FormatLike,
@@ -160,7 +161,8 @@ def recorded_tensors(steps: int = 100, batch_size: int = 256) -> Mapping[str, to
     from mixprec_lab.models import convnet, digits, recorded_gradients, train
 
     data, model = digits(), convnet()
-    train(model, data, steps)
+    with one_thread():
+        train(model, data, steps)
     gradients = recorded_gradients(model, data, batch_size)["activations"]
     return {"gradients": gradients, "activations": layer_outputs(model, data.train_images[:batch_size])}
 

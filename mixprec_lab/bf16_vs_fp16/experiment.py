@@ -6,9 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from mixprec_lab.bf16_vs_fp16.trainer import BF16Trainer, Update
+from mixprec_lab.device import one_thread
 from mixprec_lab.models import Digits, transformer
 
 
+@one_thread()
 def transformer_loss(
     data: Digits,
     seed: int,
