@@ -25,7 +25,8 @@ def losses(tensors: Mapping[str, Mapping[str, RoundingCost]]) -> "Axes":
             face = colour(cost.format)
             ax.barh(row, share, left=left, height=0.7, color=face, alpha=alpha, hatch=hatch, edgecolor="white")
             left += share
-        ax.text(left + 0.6, row, f"{left:.1f} %" if left else "nothing", va="center", fontsize=10)
+        told = f"{left:.1f} %" if left >= 0.1 else "below 0.1 %" if left else "nothing"
+        ax.text(left + 0.6, row, told, va="center", fontsize=10)
     for fate, (alpha, hatch) in _FATES.items():
         ax.barh([0], [0], color="#777777", alpha=alpha, hatch=hatch, edgecolor="white", label=fate)
     ax.set_yticks(range(len(rows)), [f"{name}, {cost.format.title}" for name, cost in rows])
