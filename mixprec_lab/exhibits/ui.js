@@ -206,13 +206,17 @@ export const whole = (low, high) => (text) => {
   return text !== "" && Number.isInteger(n) && n >= low && n <= high ? n : undefined;
 };
 
+const NARROWEST = 240; // pixels
+
 // A drawing as wide as its place, redrawn when that changes, so that its text keeps its size on a phone.
 // Its height is a number, or a function of the width.
 export function drawing(height, draw) {
   let width = 0;
   const heightAt = typeof height === "function" ? height : () => height, node = svg("svg", { role: "img" });
+  // While a page is being laid out a drawing can be a few pixels wide, too few for its margins: then it is scaled down.
+  const measured = () => node.clientWidth && Math.max(NARROWEST, Math.round(node.clientWidth));
   const observer = new ResizeObserver(() => {
-    const now = Math.round(node.clientWidth);
+    const now = measured();
     if (now && now !== width) { width = now; draw(); }
   });
   observer.observe(node);
@@ -221,7 +225,7 @@ export function drawing(height, draw) {
     stop: () => observer.disconnect(),
     // Replace the picture: `make(width, height)` returns its parts; `label` says in words what it shows.
     show(label, make) {
-      width = Math.round(node.clientWidth) || width || 680;
+      width = measured() || width || 680;
       const tall = heightAt(width);
       node.setAttribute("height", tall);
       node.setAttribute("viewBox", `0 0 ${width} ${tall}`);
