@@ -1,0 +1,106 @@
+"""The three products of a linear layer, every operand in FP8, sums in FP32."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mixprec_lab.fp8.scaling import Scaled
+
+MULTIPLE = 16  # of both dimensions of every operand, in elements: what the FP8 matrix units take
+
+
+class Way(NamedTuple):
+    """How the products of one call are computed."""
+
+    quantizers: Any  #: role -> quantizer
+    backend: str  #: "emulated" or "scaled_mm"
+    record: bool  #: whether amaxes are staged
+    out_dtype: torch.dtype  #: of the output
+    product_dtype: torch.dtype  #: of emulated products: float32, or bfloat16 for BF16 matrix units
+
+    def quantized(self, role: str, x: torch.Tensor) -> Any:
+        """``x`` as the operand ``role``."""
+        return self.quantizers[role](x, self.record, self.backend == "scaled_mm")
+
+
+class FP8Products(torch.autograd.Function):
+    """``x @ weight.T + bias`` with quantized operands, and its two backward products likewise."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, way):
+        input_ = way.quantized("input", x)
+        weight_ = way.quantized("weight", weight)
+        ctx.way, ctx.operands = way, (input_, weight_)
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        output = product(input_.along(1), transposed(weight_.along(1)), way, fast=True)
+        if bias is not None:
+            output += bias
+        return output.to(way.out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        way, (input_, weight_) = ctx.way, ctx.operands
+        dtypes, needed = ctx.dtypes, ctx.needs_input_grad
+        grad_ = way.quantized("grad_output", grad)
+        grad_x = grad_weight = grad_bias = None
+        if needed[0]:
+            grad_x = product(grad_.along(1), weight_.along(0), way, fast=False).to(dtypes[0])
+        if needed[1]:
+            grad_weight = product(transposed(grad_.along(0)), input_.along(0), way, fast=False).to(dtypes[1])
+        if dtypes[2] is not None and needed[2]:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(dtypes[2])
+        return grad_x, grad_weight, grad_bias, None
+
+
+def transposed(operand: Scaled) -> Scaled:
+    """The operand of the transposed tensor."""
+    return Scaled(operand.values.mT, operand.scale if operand.scale.dim() == 0 else operand.scale.mT)
+
+
+def product(a: Scaled, b: Scaled, way: Way, *, fast: bool) -> torch.Tensor:
+    """``a @ b`` of the tensors that were quantized, float32: (m, k) and (k, n) to (m, n).
+
+    ``fast`` allows Hopper's short accumulator, as Transformer Engine does for the forward product only.
+    Autocast is off inside: it would round the sums.
+    """
+    with torch.autocast(a.values.device.type, enabled=False):
+        if way.backend == "scaled_mm":
+            return _scaled_mm(a, b, fast)
+        dtype = way.product_dtype
+        output = torch.mm(a.values.to(dtype), b.values.to(dtype)).float()
+        return output.mul_(a.scale.reciprocal()).mul_(b.scale.reciprocal())
+
+
+def _scaled_mm(a: Scaled, b: Scaled, fast: bool) -> torch.Tensor:
+    """The same on FP8 tensors.  The kernel takes decoding scales, the first operand by rows, the second by columns.
+
+    On Hopper it takes no other layout, so that the backward products need transposed copies of their operands.
+    A whole number of 16 elements is filled up with zeros.  Row scales come with a BF16 output only.
+    """
+    left, right = _filled(a.values).contiguous(), _filled(b.values).mT.contiguous().mT
+    scales = [_decoding(scale, size) for scale, size in ((a.scale, left.shape[0]), (b.scale, right.shape[1]))]
+    if a.scale.dim():
+        scales = [scales[0].reshape(-1, 1), scales[1].reshape(1, -1)]
+    dtype = torch.bfloat16 if a.scale.dim() else torch.float32
+    fast = fast and left.is_cuda
+    output = torch._scaled_mm(
+        left, right, scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast
+    )
+    return output[: a.values.shape[0], : b.values.shape[1]].float()
+
+
+def _decoding(scale: torch.Tensor, size: int) -> torch.Tensor:
+    if scale.dim() == 0:
+        return scale.reciprocal()
+    inverse = scale.flatten().reciprocal()
+    return torch.nn.functional.pad(inverse, (0, size - inverse.numel()), value=1.0)
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    rows, columns = (-size % MULTIPLE for size in x.shape)
+    if not rows and not columns:
+        return x
+    bytes_ = torch.nn.functional.pad(x.view(torch.uint8), (0, columns, 0, rows))  # zero bits are the number zero
+    return bytes_.view(x.dtype)
