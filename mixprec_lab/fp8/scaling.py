@@ -59,10 +59,15 @@ def current_scale(amax_: torch.Tensor, fmt: FloatFormat, rule: "CurrentQuantizer
     float32.  These are the rules of Transformer Engine (``common/recipe/recipe_common.cuh``, version 2.12).
     """
     bounded = torch.where(amax_ < rule.epsilon, torch.full_like(amax_, rule.epsilon), amax_)
-    scale = (fmt.largest / bounded).clamp(max=FP32_MAX)
+    scale = _quotient(fmt.largest, bounded)
     if rule.power_of_two:
         scale = (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
     return torch.where(bounded.isfinite() & (bounded > 0), scale, torch.ones_like(scale))
+
+
+def _quotient(largest: float, amax_: torch.Tensor) -> torch.Tensor:
+    """``largest / amax``, correctly rounded; torch computes ``number / tensor`` as ``number * (1 / tensor)``."""
+    return torch.div(torch.full_like(amax_, largest), amax_).clamp_(max=FP32_MAX)
 
 
 def delayed_update(
@@ -82,7 +87,7 @@ def delayed_update(
     """
     staged = amax_history[0]
     chosen = amax_history.nan_to_num(nan=0.0, posinf=torch.inf).max() if algorithm == "max" else staged
-    quotient = (largest * 2.0**-margin / chosen).clamp(max=FP32_MAX)
+    quotient = _quotient(largest * 2.0**-margin, chosen)
     rolled = torch.cat([torch.zeros_like(amax_history[:1]), amax_history[2:], amax_history[:1]])[: len(amax_history)]
     recorded = staged != 0
     usable = recorded & chosen.isfinite() & (chosen > 0)
