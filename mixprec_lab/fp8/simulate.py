@@ -17,7 +17,7 @@ class ScalingRun:
 
     amax: list[float]  #: its largest magnitude
     scale: list[float]  #: the scale it was quantized with
-    clipped: list[float]  #: share of its values beyond the format's range after scaling
+    clipped: list[float]  #: share of its values that saturate: nearest rounding would take them beyond the largest
     flushed: list[float]  #: share of its values that became zero and were not
     sqnr_db: list[float]  #: signal-to-quantization-noise ratio; NaN for a tensor of zeros or with infinities
 
@@ -76,6 +76,8 @@ def _note(run: ScalingRun, amax: float, x: torch.Tensor, scale: torch.Tensor, q:
     scale, q = scale.double().flatten(), q.double().flatten()
     run.amax.append(float(amax))
     run.scale.append(float(scale[0]))
-    run.clipped.append(float(((x * scale.float()).abs() > get_format(fmt).largest).double().mean()))
+    edge, on_it = get_format(fmt).nearest_edges[2]  # not largest: amax * scale may exceed that by a rounding error
+    magnitude = (x * scale.float()).abs()
+    run.clipped.append(float((magnitude >= edge if on_it else magnitude > edge).double().mean()))
     run.flushed.append(float(((q == 0) & (x != 0)).double().mean()))
     run.sqnr_db.append(sqnr_db(x, q / scale))
