@@ -1,14 +1,13 @@
 """Quantize a tensor block by block, and take the result apart: elements, scales, second-level scale."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from mixprec_lab.block_scaling.schemes import INT8, BlockScheme, SchemeLike, block_scales, get_scheme
+from mixprec_lab.block_scaling.schemes import INT8, BlockScheme, SchemeLike, block_scales, divided, get_scheme
 from mixprec_lab.formats import FORMATS, encode
 from mixprec_lab.rounding import Rounding, quantize
 
@@ -16,64 +15,37 @@ _WORKING = {d: torch.float32 for d in (torch.float16, torch.bfloat16, torch.floa
 
 
 class _Cut(NamedTuple):
-    """How a tensor of one shape is cut into blocks: ``split`` makes them, ``join`` and ``place`` put things back."""
+    """How a tensor of one shape is cut into blocks: ``split`` makes them, ``join`` puts them back."""
 
     shape: torch.Size
-    axis: int | None  #: the dimension that columns lie along; None where the tensor is one block, or one number
-    batch: int  #: matrices of ``rows`` by ``columns``
-    rows: int
-    columns: int
-    block: tuple[int, int]
+    block: tuple[int, ...]  #: size of a block in each dimension, 1 or more
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks below and beside each other; a tensor that is one block is one even if it is empty."""
-        return -(-self.rows // self.block[0]), max(-(-self.columns // self.block[1]), self.axis is None)
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks in each dimension, the shape of the scales; a short block at an end counts."""
+        return tuple(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as (batch, block rows, rows, block columns, columns); short blocks at the ends get zeros."""
-        (down, across), (r, c) = self.grid, self.block
-        x = self._last(x).reshape(self.batch, self.rows, self.columns)
-        if down * r > self.rows or across * c > self.columns:
-            x = F.pad(x, (0, across * c - self.columns, 0, down * r - self.rows))
-        return x.reshape(self.batch, down, r, across, c)
+        """``x`` with every dimension as two, (blocks, size of a block); zeros fill short blocks."""
+        full = [g * b for g, b in zip(self.grid, self.block, strict=True)]
+        if list(self.shape) != full:
+            missing = [(0, f - n) for f, n in zip(full, self.shape, strict=True)]
+            x = F.pad(x, [n for pair in reversed(missing) for n in pair])
+        return x.reshape([n for pair in zip(self.grid, self.block, strict=True) for n in pair])
 
     def join(self, blocks: torch.Tensor) -> torch.Tensor:
         """The tensor that ``split`` made ``blocks`` of."""
-        x = blocks.flatten(3, 4).flatten(1, 2)[:, : self.rows, : self.columns]
-        return self._back(x, self.shape)
+        x = blocks.reshape([g * b for g, b in zip(self.grid, self.block, strict=True)])
+        return x[tuple(slice(n) for n in self.shape)].contiguous()
 
-    def place(self, scales: torch.Tensor) -> torch.Tensor:
-        """Scales as ``split`` orders the blocks -> as they lie in the tensor."""
-        return self._back(scales, self._scales_shape())
+    def largest(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The largest value of each block, in the shape of ``spread``."""
+        inside = list(range(1, blocks.dim(), 2))
+        return blocks.amax(dim=inside, keepdim=True) if inside else blocks
 
-    def order(self, scales: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``place``, ready to be broadcast over the blocks."""
-        return self._last(scales).reshape(self.batch, self.grid[0], 1, self.grid[1], 1)
-
-    def _scales_shape(self) -> list[int]:
-        """The shape of the tensor with every blocked dimension divided by its block, rounded up."""
-        if self.axis is None:
-            return [1] * len(self.shape)
-        shape = list(self.shape)
-        shape[self.axis] = self.grid[1]
-        if self.block[0] > 1:
-            shape[_partner(self.axis, len(shape))] = self.grid[0]
-        return shape
-
-    def _last(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.axis is None else x.movedim(self.axis, -1)
-
-    def _back(self, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        if self.axis is None:
-            return x.reshape(shape)
-        moved = [n for i, n in enumerate(shape) if i != self.axis] + [shape[self.axis]]
-        return x.reshape(moved).movedim(-1, self.axis).contiguous()
-
-
-def _partner(axis: int, dims: int) -> int:
-    """The other one of the last two dimensions."""
-    return dims - 1 if axis == dims - 2 else dims - 2
+    def spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales in the shape of ``grid``, ready to be broadcast over the blocks."""
+        return scales.reshape([n for g in self.grid for n in (g, 1)])
 
 
 def _cut(shape: torch.Size, scheme: BlockScheme, axis: int) -> _Cut:
@@ -81,18 +53,21 @@ def _cut(shape: torch.Size, scheme: BlockScheme, axis: int) -> _Cut:
     most = max(dims, 1)
     if not isinstance(axis, int) or isinstance(axis, bool) or not -most <= axis < most:
         raise ValueError(f"expected axis to be an integer from {-most} to {most - 1}, got {axis!r}")
-    axis, n = axis % most, math.prod(shape)
-    if rows is None or (rows == 1 and dims == 0):
-        return _Cut(shape, None, 1, 1, n, (1, columns or max(n, 1)))
-    if rows == 1:
-        batch = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
-        return _Cut(shape, axis, batch, 1, shape[axis], (1, columns or max(shape[axis], 1)))
-    if dims < 2 or axis < dims - 2:
-        raise ValueError(
-            f"{scheme.title} cuts the last two dimensions into blocks of {rows} by {columns}: expected a tensor of two "
-            f"dimensions or more and axis -1 or -2, got shape {tuple(shape)} and axis {axis}"
-        )
-    return _Cut(shape, axis, math.prod(shape[:-2]), shape[_partner(axis, dims)], shape[axis], (rows, columns))
+    axis %= most
+    if rows is None:
+        # An empty tensor is one block as well, so that its scale has a place.
+        return _Cut(shape, tuple(max(n, 1) for n in shape))
+    block = [1] * dims
+    if dims:
+        block[axis] = columns or max(shape[axis], 1)
+    if rows > 1:
+        if dims < 2 or axis < dims - 2:
+            raise ValueError(
+                f"{scheme.title} cuts the last two dimensions into blocks of {rows} by {columns}: expected a tensor of "
+                f"two dimensions or more and axis -1 or -2, got shape {tuple(shape)} and axis {axis}"
+            )
+        block[dims - 1 if axis == dims - 2 else dims - 2] = rows
+    return _Cut(shape, tuple(block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +90,7 @@ class BlockQuantized:
         """The tensor that the parts stand for, in ``dtype``; what rounds up beyond its largest value is infinite."""
         cut = _cut(self.shape, self.scheme, self.axis)
         scales = _total(self.scales, self.tensor_scale).to(self.elements.dtype)
-        return cut.join(cut.split(self.elements) * cut.order(scales)).to(self.dtype)
+        return cut.join(cut.split(self.elements) * cut.spread(scales)).to(self.dtype)
 
     @property
     def bits_per_value(self) -> float:
@@ -189,22 +164,20 @@ def block_quantize(
         )
     cut = _cut(x.shape, scheme, axis)
     blocks = cut.split(x.detach().to(_WORKING[x.dtype]))
-    scales, tensor_scale = _scales(blocks, scheme)
+    scales, tensor_scale = _scales(cut.largest(blocks.abs()), scheme)
     total = _total(scales, tensor_scale).to(blocks.dtype)
-    scaled = blocks / total
-    if tensor_scale is not None:  # 0 / 0 and x / 0 in blocks whose scale was flushed
-        scaled = torch.where(total == 0, blocks * 0, scaled)
+    # A block scale that was flushed to zero flushes its block: x / inf is a zero with the sign of x.
+    scaled = blocks / (total if tensor_scale is None else total.masked_fill(total == 0, math.inf))
     elements = cut.join(quantize(scaled, scheme.element, rounding, "saturate", generator))
-    return BlockQuantized(elements, cut.place(scales), tensor_scale, scheme, axis, x.dtype)
+    return BlockQuantized(elements, scales.reshape(cut.grid), tensor_scale, scheme, axis, x.dtype)
 
 
-def _scales(blocks: torch.Tensor, scheme: BlockScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(scales of the blocks, second-level scale); amax over rows and columns of (batch, rows, r, columns, c)."""
-    amax = blocks.abs().amax(dim=(2, 4), keepdim=True)
+def _scales(amax: torch.Tensor, scheme: BlockScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(scales of blocks with these largest magnitudes, second-level scale)."""
     if not scheme.second_level:
         return block_scales(amax, scheme), None
     largest = amax.max() if amax.numel() else amax.new_zeros(())
-    tensor_scale = (largest / (scheme.element.largest * scheme.scale.largest)).float()
+    tensor_scale = divided(largest, scheme.element.largest * scheme.scale.largest).float()
     tensor_scale = tensor_scale.clamp(min=FORMATS["fp32"].smallest_normal).masked_fill(~largest.isfinite(), torch.nan)
     return block_scales(amax / tensor_scale.to(amax.dtype), scheme), tensor_scale
 

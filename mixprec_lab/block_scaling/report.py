@@ -63,10 +63,10 @@ def _share(found: torch.Tensor) -> float:
 def _saturated(original: torch.Tensor, stored: BlockQuantized, seen: torch.Tensor) -> tuple[float, float]:
     """Shares of the elements looked at, and of their blocks, beyond the largest element value."""
     cut = _cut(stored.shape, stored.scheme, stored.axis)
-    total = cut.order(_total(stored.scales, stored.tensor_scale).double())
+    total = cut.spread(_total(stored.scales, stored.tensor_scale).double())
     beyond = cut.split(original).abs() > total * (stored.scheme.element.largest * (1 + 2.0**-22))
     beyond &= total > 0  # a flushed block loses its values, it does not clamp them
-    seen_blocks = cut.split(seen.double()) > 0
-    beyond &= seen_blocks
-    of_blocks = beyond.any(4).any(2)[seen_blocks.any(4).any(2)]
-    return int(beyond.sum()) / int(seen.sum()), _share(of_blocks)
+    looked_at = cut.split(seen.double())
+    beyond = looked_at * beyond
+    of_blocks = cut.largest(beyond)[cut.largest(looked_at) > 0]
+    return int(beyond.sum()) / int(seen.sum()), float(of_blocks.mean())

@@ -109,6 +109,11 @@ def get_scheme(scheme: SchemeLike) -> BlockScheme:
     return found
 
 
+def divided(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """``amax / largest``, correctly rounded on every device: CUDA multiplies by ``1 / largest`` if it is a number."""
+    return amax / torch.full((), largest, dtype=amax.dtype, device=amax.device)
+
+
 def block_scales(amax: torch.Tensor, scheme: SchemeLike) -> torch.Tensor:
     """The scale that ``scheme`` gives to blocks with these largest magnitudes; values of its scale format, float32.
 
@@ -125,7 +130,7 @@ def block_scales(amax: torch.Tensor, scheme: SchemeLike) -> torch.Tensor:
     scheme = get_scheme(scheme)
     element, scale = scheme.element, scheme.scale
     if scheme.rule == "nearest":
-        scales = quantize((amax / element.largest).float(), scale)
+        scales = quantize(divided(amax, element.largest).float(), scale)
     else:
         mantissa, exponent = torch.frexp(amax.double())  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
         if scheme.rule == "round_up":
