@@ -29,6 +29,7 @@ from mixprec_lab.speed import (
     describe,
     difference,
     expected_fp8_speedup,
+    expected_speedup,
     get_device,
     identify,
     products,
@@ -173,11 +174,11 @@ def test_an_expected_speedup_by_hand():
     # arithmetic 6*4*8*2 = 384 FLOP: 0.384 s and 0.192 s; memory decides: BF16 3*112 bytes, FP8 per product 32+16+16 ...
     found = expected_fp8_speedup(4, 8, 2, TOY, "delayed", launch=2.0)
     fp8_bytes = (32 + 16 + 2 * 8) + (8 + 16 + 2 * 32) + (32 + 8 + 2 * 16)
-    assert found.bf16.total == pytest.approx(33.6 + 3 * 2.0)
-    assert found.fp8.total == pytest.approx(fp8_bytes / 10 + 3 * 56 / 10 + 6 * 2.0)
-    assert found.fp8.casts == 3 * 56 / 10 and found.fp8.launches == 12 and found.bf16.casts == 0
-    assert found.ratio == found.bf16.total / found.fp8.total
-    assert found.bf16.bound == "memory" and [p for p in PARTS if getattr(found.bf16, p) > 0] == [
+    assert found.before.total == pytest.approx(33.6 + 3 * 2.0)
+    assert found.after.total == pytest.approx(fp8_bytes / 10 + 3 * 56 / 10 + 6 * 2.0)
+    assert found.after.casts == 3 * 56 / 10 and found.after.launches == 12 and found.before.casts == 0
+    assert found.ratio == found.before.total / found.after.total
+    assert found.before.bound == "memory" and [p for p in PARTS if getattr(found.before, p) > 0] == [
         "arithmetic", "memory", "launches"]  # fmt: skip
 
 
@@ -199,9 +200,20 @@ def test_what_a_recipe_reads_and_writes_orders_the_recipes():
                                                                                   transposes=False)  # fmt: skip
 
 
+def test_any_two_dtypes_can_be_compared_and_only_fp8_is_cast():
+    large = (2**18,) * 3
+    for device, before, after, ratio in (("a100", "fp32", "bf16", 16), ("a100", "fp32", "tf32", 8),
+                                         ("v100", "fp32", "fp16", 125 / 15.7)):  # fmt: skip
+        assert expected_speedup(*large, before, after, device).ratio == pytest.approx(ratio, rel=1e-12)
+    with pytest.raises(ValueError, match="expected recipe 'none' for tf32, got 'current'"):
+        expected_speedup(16, 16, 16, "fp32", "tf32", "a100", "current")
+    same = expected_speedup(4096, 4096, 4096, "bf16", "fp8", "h100", "delayed", before_efficiency=0.5, launch=1e-6)
+    assert same == expected_fp8_speedup(4096, 4096, 4096, "h100", "delayed", bf16_efficiency=0.5, launch=1e-6)
+
+
 def modelled(point, **efficiencies) -> float:
     runs = [expected_fp8_speedup(*shape, point.device, point.recipe, **efficiencies) for shape in point.shapes]
-    return sum(r.bf16.total for r in runs) / sum(r.fp8.total for r in runs)
+    return sum(r.before.total for r in runs) / sum(r.after.total for r in runs)
 
 
 def test_a_bound_without_losses_is_no_lower_than_what_was_published():

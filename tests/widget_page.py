@@ -23,6 +23,7 @@ from mixprec_lab.exhibits import (
     SameTensorTwoFormats,
     ScalerSimulator,
     StallingSum,
+    WillItBeFaster,
     Windows,
 )
 from mixprec_lab.exhibits.scaler_simulator import OVERRIDES
@@ -181,6 +182,12 @@ SAMPLES = {
         lambda: SameTensorTwoFormats(name="same"),
         ("tensor", "scale", "outliers", "size"),
         {"tensor": "gradients: log2 |x| normal", "scale": -20, "outliers": 3, "size": 12},
+        mouse={},
+    ),
+    "will-it-be-faster": Sample(
+        lambda: WillItBeFaster(name="faster"),
+        ("m", "k", "n", "device", "pair", "recipe", "layouts", "before", "after", "bandwidth", "launch", "share"),
+        {"m": 10, "k": 11, "n": 10, "device": "l40s", "recipe": "block", "layouts": "one", "after": 55, "launch": 23},
         mouse={},
     ),
 }

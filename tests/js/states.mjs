@@ -27,6 +27,10 @@ const answers = {
   },
   "precision-chooser": () => (state) => js.texts(state, traits),
   "same-tensor": () => (state) => js.texts(js.compute(state, traits), state, traits),
+  "will-it-be-faster": () => (state) => {
+    const found = js.compute(state, traits.tables);
+    return { texts: js.texts(found, state, traits.tables), found };
+  },
   "memory-calculator": () => (state) => {
     const found = js.compute(state, traits.tables);
     return { texts: js.texts(found, state, traits.tables), bills: found.bills };
