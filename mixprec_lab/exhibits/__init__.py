@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.number_line import NumberLine
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
     from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
+    from mixprec_lab.exhibits.scale_history import ScaleHistory
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
+    from mixprec_lab.exhibits.will_it_be_faster import WillItBeFaster
     from mixprec_lab.exhibits.windows import Windows
 
 _HOMES = {
@@ -27,8 +29,10 @@ _HOMES = {
     "NumberLine": "number_line",
     "PrecisionChooser": "precision_chooser",
     "SameTensorTwoFormats": "same_tensor",
+    "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
+    "WillItBeFaster": "will_it_be_faster",
     "Windows": "windows",
 }
 
@@ -41,8 +45,10 @@ __all__ = [
     "NumberLine",
     "PrecisionChooser",
     "SameTensorTwoFormats",
+    "ScaleHistory",
     "ScalerSimulator",
     "StallingSum",
+    "WillItBeFaster",
     "Windows",
 ]
 

@@ -10,13 +10,24 @@ from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
+from mixprec_lab.plots.speed import (
+    PART_COLOURS,
+    amdahl_curves,
+    matmul_rates,
+    published_ratios,
+    rooflines,
+    source_line,
+    time_splits,
+)
 from mixprec_lab.plots.style import FIELD_COLOURS, FORMAT_COLOURS, axes, colour, use_style
 
 __all__ = [
     "FIELD_COLOURS",
     "FORMAT_COLOURS",
     "METHOD_STYLES",
+    "PART_COLOURS",
     "TERM_COLOURS",
+    "amdahl_curves",
     "axes",
     "bit_layouts",
     "colour",
@@ -25,13 +36,18 @@ __all__ = [
     "gradient_scale",
     "gradient_windows",
     "losses",
+    "matmul_rates",
     "memory_bars",
     "paired_differences",
     "pillars",
+    "published_ratios",
     "relative_gaps",
+    "rooflines",
     "rounding_steps",
     "running_sums",
     "seed_ranges",
+    "source_line",
+    "time_splits",
     "training_curves",
     "training_step",
     "update_thresholds",

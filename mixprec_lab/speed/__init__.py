@@ -8,7 +8,7 @@ it happened is a matter of timing (``benchmark``): both arms must do the same wo
 
 from mixprec_lab.speed.amdahl import amdahl, amdahl_fraction
 from mixprec_lab.speed.devices import DEVICES, DTYPE_BYTES, Device, get_device, identify
-from mixprec_lab.speed.published import PUBLISHED, PublishedPoint
+from mixprec_lab.speed.published import PUBLISHED, PublishedPoint, measured_points
 from mixprec_lab.speed.records import BrokenRecord, load_all, validate
 from mixprec_lab.speed.rooflines import (
     PARTS,
@@ -19,6 +19,7 @@ from mixprec_lab.speed.rooflines import (
     Split,
     cast_cost,
     expected_fp8_speedup,
+    expected_speedup,
     products,
     roofline,
 )
@@ -62,9 +63,11 @@ __all__ = [
     "describe",
     "difference",
     "expected_fp8_speedup",
+    "expected_speedup",
     "get_device",
     "identify",
     "load_all",
+    "measured_points",
     "products",
     "roofline",
     "rotating",

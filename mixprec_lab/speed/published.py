@@ -1,7 +1,10 @@
 """Speed-ups that others measured and published, with their machine and source: read here, not measured here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from mixprec_lab.speed.devices import identify
 
 Scope = Literal["kernel", "layer", "products", "training"]
 
@@ -47,7 +50,27 @@ PUBLISHED: tuple[PublishedPoint, ...] = (
     _te("delayed scaling", "delayed", "products", 32.014, 18.978),
     _te("current scaling", "current", "products", 32.014, 20.285),
     _te("128-element blocks", "block", "products", 32.014, 22.882),
-    _torchao("8 H100, one scale a tensor", "h100", "current", 6150, 7689.5),
-    _torchao("8 H100, one scale a row", "h100", "current", 6150, 6768),
-    _torchao("8 B200, one scale a tensor", "b200", "current", 8307.5, 10417),
+    _torchao("one scale a tensor", "h100", "current", 6150, 7689.5),
+    _torchao("one scale a row", "h100", "current", 6150, 6768),
+    _torchao("one scale a tensor", "b200", "current", 8307.5, 10417),
 )  # fmt: skip
+
+
+def measured_points(records: Mapping[str, Mapping[str, Any]]) -> tuple[PublishedPoint, ...]:
+    """The layers that ``make measure`` timed in real FP8 against BF16 on a device of the table, one point each.
+
+    ``records`` as ``load_all`` returns them.  Emulated FP8 and devices without a data sheet here have no place beside
+    a model of either, and are left out.
+    """
+    found = []
+    for record in records.values():
+        device, section = identify(record["device"]), record["sections"].get("linear", {})
+        if device is None or section.get("status") != "ok":
+            continue
+        title = f"{record['device']}, measured {record['provenance']['date'][:10]}"
+        found += [
+            PublishedPoint(f"{title}, {row['recipe']} scaling", device.name, row["recipe"], "layer",
+                           row["ratio"]["median"], "", (tuple(row["shape"]),))
+            for row in section["rows"] if row.get("dtype") == "fp8" and not row["emulated"]
+        ]  # fmt: skip
+    return tuple(found)

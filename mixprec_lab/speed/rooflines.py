@@ -6,6 +6,8 @@ weight.  FP8 halves the first time, and adds passes over memory that BF16 does n
 and written again.  ``expected_fp8_speedup`` puts the two together.
 """
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -88,8 +90,9 @@ def roofline(
     shapes = products(m, k, n, training)
     flops = [2 * a * b * c for a, b, c in shapes]
     moved = [width * (a * b + b * c) + out * a * c for a, b, c in shapes]
-    compute, memory = sum(f / rate for f in flops), sum(b / bandwidth for b in moved)
-    time = sum(max(f / rate, b / bandwidth) for f, b in zip(flops, moved, strict=True))
+    compute, memory = sum(flops) / rate, sum(moved) / bandwidth
+    slower = (max(f / rate, b / bandwidth) for f, b in zip(flops, moved, strict=True))
+    time = functools.reduce(operator.add, slower)  # left to right, as JavaScript does; sum() differs between Pythons
     bound = "compute" if compute >= memory else "memory"
     return Roofline(sum(flops), sum(moved), sum(flops) / sum(moved), rate / bandwidth, compute, memory, time, bound)
 
@@ -150,11 +153,53 @@ class Split:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model expects of FP8 against BF16 in one linear layer, forward and backward."""
+    """What a model expects of one dtype against another in one linear layer, forward and backward."""
 
-    bf16: Split
-    fp8: Split
-    ratio: float  #: BF16 time over FP8 time: above 1, FP8 is faster
+    before: Split
+    after: Split
+    ratio: float  #: time before over time after: above 1, the new dtype is faster
+
+
+def expected_speedup(
+    m: int,
+    k: int,
+    n: int,
+    before: str,
+    after: str,
+    device: str | Device = "h100",
+    recipe: str = "none",
+    *,
+    before_efficiency: float = 1.0,
+    after_efficiency: float = 1.0,
+    memory_efficiency: float = 1.0,
+    launch: float = 0.0,
+    transposes: bool | None = None,
+) -> Expected:
+    """How much faster ``after`` makes the three products of a linear layer than ``before``, casts to FP8 included.
+
+    Efficiencies are shares of the published rates (see ``roofline``); ``launch`` is a cost in seconds of every kernel:
+    three products in either dtype, and the casts.  ``transposes`` defaults to what the device needs.  With
+    efficiencies 1 and ``launch`` 0 this bounds what large layers reach.  What it leaves out makes it too kind: kernels
+    that do not fill the chip, slower kernels of a finer scaling, the work of the host.
+
+    Raises what ``roofline`` and ``cast_cost`` raise; ValueError for a negative ``launch``, and for a recipe other than
+    "none" where ``after`` is not fp8.
+    """
+    device = get_device(device)
+    if not launch >= 0:
+        raise ValueError(f"expected launch to be a time in seconds of at least 0, got {launch!r}")
+    cast = cast_cost(m, k, n, recipe, transposes=device.transposes if transposes is None else transposes)
+    if cast.kernels and after != "fp8":
+        raise ValueError(f"expected recipe 'none' for {after}, got {recipe!r}: recipes are ways to make FP8 operands")
+
+    def split(dtype: str, efficiency: float, casts: float, kernels: int) -> Split:
+        r = roofline(m, k, n, dtype, device, training=True, compute_efficiency=efficiency,
+                     memory_efficiency=memory_efficiency)  # fmt: skip
+        return Split(r.compute_time, max(r.time - r.compute_time, 0.0), casts, launch * kernels)
+
+    first = split(before, before_efficiency, 0.0, 3)
+    second = split(after, after_efficiency, cast.bytes / (device.bandwidth * memory_efficiency), 3 + cast.kernels)
+    return Expected(first, second, first.total / second.total)
 
 
 def expected_fp8_speedup(
@@ -166,28 +211,8 @@ def expected_fp8_speedup(
     *,
     bf16_efficiency: float = 1.0,
     fp8_efficiency: float = 1.0,
-    memory_efficiency: float = 1.0,
-    launch: float = 0.0,
-    transposes: bool | None = None,
+    **losses: Any,
 ) -> Expected:
-    """How much faster FP8 makes a linear layer's training step, casts included, if rates and bandwidth are reached.
-
-    Efficiencies are shares of the published rates (see ``roofline``); ``launch`` is a cost in seconds of every kernel:
-    three products in either format, and the casts of FP8.  ``transposes`` defaults to what the device needs.  With
-    efficiencies 1 and ``launch`` 0 this is an upper bound that small shapes do not come near: kernels that do not fill
-    the chip, and the work of the host, are not in it.  Raises what ``roofline`` and ``cast_cost`` raise, and
-    ValueError for a negative ``launch``.
-    """
-    device = get_device(device)
-    if not launch >= 0:
-        raise ValueError(f"expected launch to be a time in seconds of at least 0, got {launch!r}")
-    cast = cast_cost(m, k, n, recipe, transposes=device.transposes if transposes is None else transposes)
-
-    def split(dtype: str, efficiency: float, casts: float, kernels: int) -> Split:
-        r = roofline(m, k, n, dtype, device, training=True, compute_efficiency=efficiency,
-                     memory_efficiency=memory_efficiency)  # fmt: skip
-        return Split(r.compute_time, r.time - r.compute_time, casts, launch * kernels)
-
-    bf16 = split("bf16", bf16_efficiency, 0.0, 3)
-    fp8 = split("fp8", fp8_efficiency, cast.bytes / (device.bandwidth * memory_efficiency), 3 + cast.kernels)
-    return Expected(bf16, fp8, bf16.total / fp8.total)
+    """``expected_speedup`` from bf16 to fp8; ``losses`` are its other keywords."""
+    return expected_speedup(m, k, n, "bf16", "fp8", device, recipe, before_efficiency=bf16_efficiency,
+                            after_efficiency=fp8_efficiency, **losses)  # fmt: skip
