@@ -21,6 +21,7 @@ from mixprec_lab.exhibits import (
     NumberLine,
     PrecisionChooser,
     SameTensorTwoFormats,
+    ScaleHistory,
     ScalerSimulator,
     StallingSum,
     WillItBeFaster,
@@ -138,6 +139,16 @@ SAMPLES = {
         {"steps": "2000", "drift": 24, "spikes": "", "init_scale": "1", "backoff_factor": "0.8", "step": 1999},
         mouse={},
         heavy=lambda: ScalerSimulator([(200 * i, 41, 50) for i in range(24)], steps="6000", window="10", name="sim"),
+    ),
+    "scale-history": Sample(
+        lambda: ScaleHistory(name="scales"),
+        (
+            *("recipe", "history", "algorithm", "margin", "format", "shape", "steps"),
+            *("level", "drift", "noise", "seed", "jumps", "step", "height", "length"),
+        ),
+        {"recipe": "current", "format": "fp8_e5m2", "steps": "256", "jumps": "9:-20:256", "step": 255, "margin": 6},
+        mouse={},
+        heavy=lambda: ScaleHistory([(20 * i, 21 - 3 * i, 9) for i in range(12)], steps="256", noise=8, name="scales"),
     ),
     "autocast-microscope": Sample(
         lambda: AutocastMicroscope(name="micro"),

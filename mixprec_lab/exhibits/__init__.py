@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
     from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
     from mixprec_lab.exhibits.scale_history import ScaleHistory
+    from mixprec_lab.exhibits.scale_history import ScaleHistory
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
     from mixprec_lab.exhibits.will_it_be_faster import WillItBeFaster
@@ -29,6 +30,7 @@ _HOMES = {
     "NumberLine": "number_line",
     "PrecisionChooser": "precision_chooser",
     "SameTensorTwoFormats": "same_tensor",
+    "ScaleHistory": "scale_history",
     "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
@@ -45,6 +47,7 @@ __all__ = [
     "NumberLine",
     "PrecisionChooser",
     "SameTensorTwoFormats",
+    "ScaleHistory",
     "ScaleHistory",
     "ScalerSimulator",
     "StallingSum",

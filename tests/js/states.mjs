@@ -25,6 +25,11 @@ const answers = {
       runs: found.runs.map((run) => ({ before: exact(run.before), after: exact(run.after), left: [...run.left],
         overflow: [...run.overflow], endedAt: run.endedAt })) };
   },
+  "scale-history": () => (state) => {
+    const found = js.compute(state, traits.data, traits.formats), exact = (list) => Array.from(list, String);
+    return { texts: js.texts(found, state), amax: exact(found.stream), scale: exact(found.scale), clipped: exact(found.clipped),
+      flushed: exact(found.flushed), sqnr: exact(found.sqnr) };
+  },
   "precision-chooser": () => (state) => js.texts(state, traits),
   "same-tensor": () => (state) => js.texts(js.compute(state, traits), state, traits),
   "will-it-be-faster": () => (state) => {
