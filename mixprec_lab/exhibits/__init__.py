@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
     from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
     from mixprec_lab.exhibits.scale_history import ScaleHistory
-    from mixprec_lab.exhibits.scale_history import ScaleHistory
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
     from mixprec_lab.exhibits.will_it_be_faster import WillItBeFaster
@@ -30,7 +29,6 @@ _HOMES = {
     "NumberLine": "number_line",
     "PrecisionChooser": "precision_chooser",
     "SameTensorTwoFormats": "same_tensor",
-    "ScaleHistory": "scale_history",
     "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
@@ -48,13 +46,11 @@ __all__ = [
     "PrecisionChooser",
     "SameTensorTwoFormats",
     "ScaleHistory",
-    "ScaleHistory",
     "ScalerSimulator",
     "StallingSum",
     "WillItBeFaster",
     "Windows",
 ]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
@@ -62,7 +58,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
 
 def __dir__() -> list[str]:
     return sorted(_HOMES)
