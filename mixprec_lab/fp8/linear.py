@@ -95,6 +95,8 @@ class FP8Linear(nn.Module):
         else:
             self.quantizers.update({role: recipe.quantizer(role) for role in ROLES})
             self.quantizers.to(linear.weight.device)
+            for quantizer in self.quantizers.values():
+                quantizer.dtype = product_dtype
 
     @property
     def backend(self) -> str:

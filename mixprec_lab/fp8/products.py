@@ -69,8 +69,16 @@ def product(a: Scaled, b: Scaled, way: Way, *, fast: bool) -> torch.Tensor:
         if way.backend == "scaled_mm":
             return _scaled_mm(a, b, fast)
         dtype = way.product_dtype
-        output = torch.mm(a.values.to(dtype), b.values.to(dtype)).float()
-        return output.mul_(a.scale.reciprocal()).mul_(b.scale.reciprocal())
+        return _unscaled(torch.mm(a.values.to(dtype), b.values.to(dtype)).float(), a.scale, b.scale)
+
+
+def _unscaled(output: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
+    """``output / (a_scale * b_scale)``, in place: in one pass where the product of the scales cannot leave float32."""
+    if output.device.type == "cpu" and a_scale.dim() == b_scale.dim() == 0:  # reading a scale costs nothing there
+        divisor = float(a_scale) * float(b_scale)
+        if 2.0**-100 < divisor < 2.0**100:
+            return output.mul_(1 / divisor)
+    return output.mul_(a_scale.reciprocal()).mul_(b_scale.reciprocal())
 
 
 def _scaled_mm(a: Scaled, b: Scaled, fast: bool) -> torch.Tensor:

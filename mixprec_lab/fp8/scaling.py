@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mixprec_lab.formats import FloatFormat
-from mixprec_lab.rounding import quantize
+from mixprec_lab.rounding import quantize, quantize_scaled
 
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -16,7 +16,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 class Scaled(NamedTuple):
     """``values / scale`` is the tensor that was quantized: every value one of an FP8 format."""
 
-    values: torch.Tensor  #: (rows, columns), float32 or one of torch's float8 dtypes
+    values: torch.Tensor  #: (rows, columns), float32, bfloat16 or one of torch's float8 dtypes
     scale: torch.Tensor  #: float32; (), or one for each row or column, broadcastable to ``values``
 
     def along(self, axis: int) -> "Scaled":
@@ -94,34 +94,44 @@ def delayed_update(
     return torch.where(recorded, rolled, amax_history), torch.where(usable, quotient, scale)
 
 
-class FixedQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What the quantizers share: the format, and the dtype that holds the values (float32 or bfloat16)."""
+
+    def __init__(self, fmt: FloatFormat) -> None:
+        super().__init__()
+        self.format, self.dtype = fmt, torch.float32
+
+    def _scaled(self, x: torch.Tensor, scale: torch.Tensor, native: bool) -> Scaled:
+        return scaled(x, scale, self.format, native, self.dtype)
+
+
+class FixedQuantizer(Quantizer):
     """One scale for ever: FP8 as a plain number format."""
 
     def __init__(self, fmt: FloatFormat, scale: float) -> None:
-        super().__init__()
-        self.format = fmt
+        super().__init__(fmt)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
 
     def forward(self, x: torch.Tensor, record: bool = True, native: bool = False) -> Scaled:
         """``x`` (rows, columns) on the grid; what is out of range saturates."""
-        return scaled(x, self.scale, self.format, native)
+        return self._scaled(x, self.scale, native)
 
 
-class CurrentQuantizer(nn.Module):
+class CurrentQuantizer(Quantizer):
     """A scale from the tensor that is quantized: one pass to find its amax, one to round."""
 
     def __init__(self, fmt: FloatFormat, power_of_two: bool, epsilon: float, granularity: str) -> None:
-        super().__init__()
-        self.format, self.power_of_two, self.epsilon, self.granularity = fmt, power_of_two, epsilon, granularity
+        super().__init__(fmt)
+        self.power_of_two, self.epsilon, self.granularity = power_of_two, epsilon, granularity
 
     def forward(self, x: torch.Tensor, record: bool = True, native: bool = False) -> Scaled | RowScaled:
         """``x`` (rows, columns) on the grid, its largest magnitude at the format's largest value."""
         if self.granularity == "row":
             return RowScaled(x, self.format, self.power_of_two, self.epsilon, native)
-        return scaled(x, current_scale(amax(x), self.format, self), self.format, native)
+        return self._scaled(x, current_scale(amax(x), self.format, self), native)
 
 
-class DelayedQuantizer(nn.Module):
+class DelayedQuantizer(Quantizer):
     """A scale from the amax history of the tensors that were quantized before: one pass.
 
     The scale starts at 1 and moves in ``update``; ``amax_history`` and ``scale`` are buffers, always float32, and
@@ -132,8 +142,8 @@ class DelayedQuantizer(nn.Module):
     scale: torch.Tensor
 
     def __init__(self, fmt: FloatFormat, margin: int, length: int, algorithm: str) -> None:
-        super().__init__()
-        self.format, self.margin, self.algorithm = fmt, margin, algorithm
+        super().__init__(fmt)
+        self.margin, self.algorithm = margin, algorithm
         self.register_buffer("amax_history", torch.zeros(length))
         self.register_buffer("scale", torch.ones(()))
 
@@ -142,7 +152,7 @@ class DelayedQuantizer(nn.Module):
         if record:
             staged = self.amax_history[0]
             staged.copy_(torch.maximum(staged, amax(x)))  # keeps NaN: it means that something is wrong
-        return scaled(x, self.scale, self.format, native)
+        return self._scaled(x, self.scale, native)
 
     def update(self) -> None:
         """Move the scale by the staged amax (see ``delayed_update``); nothing happens if none is staged."""
@@ -162,12 +172,19 @@ class DelayedQuantizer(nn.Module):
         return self
 
 
-def scaled(x: torch.Tensor, scale: torch.Tensor, fmt: FloatFormat, native: bool) -> Scaled:
-    """``x * scale`` on the grid of ``fmt``, saturating: in float32, or (``native``) in torch's dtype for the format."""
-    if not native:
-        return Scaled(quantize(x.float() * scale, fmt, overflow="saturate"), scale)
-    cast = _compiled_cast() if x.is_cuda else _cast
-    return Scaled(cast(x, scale, fmt.largest, fmt.torch_dtype), scale)
+def scaled(
+    x: torch.Tensor, scale: torch.Tensor, fmt: FloatFormat, native: bool, dtype: torch.dtype = torch.float32
+) -> Scaled:
+    """``x * scale`` on the grid of ``fmt``, saturating: in ``dtype``, or (``native``) in torch's dtype for the format.
+
+    ``dtype`` is float32 or bfloat16; both hold every value of an FP8 format.
+    """
+    if native:
+        cast = _compiled_cast() if x.is_cuda else _cast
+        return Scaled(cast(x, scale, fmt.largest, fmt.torch_dtype), scale)
+    if scale.dim() == 0:
+        return Scaled(quantize_scaled(x, scale, fmt, dtype), scale)
+    return Scaled(quantize(x.float() * scale, fmt, overflow="saturate").to(dtype), scale)
 
 
 def _cast(x: torch.Tensor, scale: torch.Tensor, largest: float, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,15 @@ the addends do not: at a ratio of ``2**(mantissa_bits + 1)`` or a little more th
 
 from mixprec_lab.rounding.fake import fake_quantize
 from mixprec_lab.rounding.measures import relative_error, sqnr_db, ulp
-from mixprec_lab.rounding.quantizer import OVERFLOW_POLICIES, ROUNDING_MODES, Overflow, Rounding, quantize, rounder
+from mixprec_lab.rounding.quantizer import (
+    OVERFLOW_POLICIES,
+    ROUNDING_MODES,
+    Overflow,
+    Rounding,
+    quantize,
+    quantize_scaled,
+    rounder,
+)
 from mixprec_lab.rounding.sums import METHODS, Method, accumulate, dot, running_sum
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "dot",
     "fake_quantize",
     "quantize",
+    "quantize_scaled",
     "relative_error",
     "rounder",
     "running_sum",

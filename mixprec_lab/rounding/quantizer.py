@@ -85,6 +85,37 @@ def quantize(
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
+def quantize_scaled(
+    x: torch.Tensor, scale: torch.Tensor, fmt: FormatLike, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``quantize(x.float() * scale, fmt)``, saturating, in ``dtype``: one pass over memory instead of three.
+
+    ``scale`` is a 0-dim float32 tensor on the device of ``x``; ``dtype`` is float32, or bfloat16 for formats whose
+    values it holds.  Special values and errors as in ``quantize``.
+    """
+    fmt = get_format(fmt)
+    if scale.dim() or scale.dtype != torch.float32:
+        raise ValueError(f"expected scale to be a 0-dim float32 tensor, got {tuple(scale.shape)}, {scale.dtype}")
+    digits = {torch.float32: 23, torch.bfloat16: 7}.get(dtype, -1)
+    if fmt.mantissa_bits > digits or not _holds(dtype, fmt):
+        raise ValueError(f"expected dtype to be torch.float32 or torch.bfloat16 and to hold {fmt.title}, got {dtype}")
+    _check(x, fmt, "nearest_even", "saturate", None)
+    kernel = _kernel(fmt, "nearest_even", "saturate", torch.float32)
+    source = x.detach().contiguous()
+    result = torch.empty(source.shape, dtype=dtype, device=x.device)
+    n, block = source.numel(), _block_size(source)
+    scaled, rounded = torch.empty(2, min(n, block), dtype=torch.float32, device=x.device).unbind()
+    scratch = torch.empty(min(n, block), dtype=torch.int32, device=x.device)
+    for a, b in zip(source.view(-1).split(block), result.view(-1).split(block), strict=True):
+        m = a.numel()
+        target = b if dtype == torch.float32 else rounded[:m]
+        torch.mul(a if a.dtype == torch.float32 else a.float(), scale, out=scaled[:m])
+        kernel(scaled[:m], target, scratch[:m], None)
+        if target is not b:
+            b.copy_(target)
+    return result
+
+
 def rounder(
     fmt: FormatLike,
     rounding: Rounding = "nearest_even",
