@@ -8,6 +8,7 @@ it happened is a matter of timing (``benchmark``): both arms must do the same wo
 
 from mixprec_lab.speed.amdahl import amdahl, amdahl_fraction
 from mixprec_lab.speed.devices import DEVICES, DTYPE_BYTES, Device, get_device, identify
+from mixprec_lab.speed.linear import Arm, LinearBenchmark, benchmark_fp8_vs_bf16
 from mixprec_lab.speed.published import PUBLISHED, PublishedPoint, measured_points
 from mixprec_lab.speed.records import BrokenRecord, load_all, validate
 from mixprec_lab.speed.rooflines import (
@@ -43,12 +44,14 @@ __all__ = [
     "PARTS",
     "PUBLISHED",
     "RECIPES",
+    "Arm",
     "ArmTimes",
     "BenchmarkResult",
     "BrokenRecord",
     "CastCost",
     "Device",
     "Expected",
+    "LinearBenchmark",
     "PublishedPoint",
     "Roofline",
     "SimulatedGPU",
@@ -58,6 +61,7 @@ __all__ = [
     "amdahl",
     "amdahl_fraction",
     "benchmark",
+    "benchmark_fp8_vs_bf16",
     "cache_bytes",
     "cast_cost",
     "describe",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixprec_lab.speed.devices import identify
+from mixprec_lab.speed.rooflines import RECIPES
 
 Scope = Literal["kernel", "layer", "products", "training"]
 
@@ -59,8 +60,8 @@ PUBLISHED: tuple[PublishedPoint, ...] = (
 def measured_points(records: Mapping[str, Mapping[str, Any]]) -> tuple[PublishedPoint, ...]:
     """The layers that ``make measure`` timed in real FP8 against BF16 on a device of the table, one point each.
 
-    ``records`` as ``load_all`` returns them.  Emulated FP8 and devices without a data sheet here have no place beside
-    a model of either, and are left out.
+    ``records`` as ``load_all`` returns them.  Left out are emulated FP8, devices without a data sheet here, and scaling
+    by rows: the model knows none of them.
     """
     found = []
     for record in records.values():
@@ -69,8 +70,9 @@ def measured_points(records: Mapping[str, Mapping[str, Any]]) -> tuple[Published
             continue
         title = f"{record['device']}, measured {record['provenance']['date'][:10]}"
         found += [
-            PublishedPoint(f"{title}, {row['recipe']} scaling", device.name, row["recipe"], "layer",
-                           row["ratio"]["median"], "", (tuple(row["shape"]),))
-            for row in section["rows"] if row.get("dtype") == "fp8" and not row["emulated"]
+            PublishedPoint(f"{title}, {row['recipe']} scaling", device.name, row["recipe"],
+                           "layer" if row["casts"] else "kernel", row["ratio"]["median"], "", (tuple(row["shape"]),))
+            for row in section["rows"]
+            if row["dtype"] == "fp8" and not row["emulated"] and row["recipe"] in RECIPES
         ]  # fmt: skip
     return tuple(found)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -273,5 +274,5 @@ def rotating(make: Callable[[], tuple], at_least: int, most: int = 64) -> list[t
     held = 0
     while len(sets) < 2 or (held < at_least and len(sets) < most):
         sets.append(make())
-        held += sum(t.numel() * t.element_size() for t in sets[-1] if isinstance(t, torch.Tensor))
+        held += sum(t.numel() * t.element_size() for t in tree_leaves(sets[-1]) if isinstance(t, torch.Tensor))
     return sets
