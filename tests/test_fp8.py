@@ -86,6 +86,20 @@ def test_both_backends_give_the_same_numbers_up_to_the_order_of_sums(name):
         assert torch.equal(value, scaled.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", ["current", "row"])
+def test_a_16_bit_output_is_rounded_once_with_the_bias_inside(name):
+    torch.manual_seed(0)
+    emulated = FP8Linear(32, 20, recipe=RECIPES[name], pad=True)
+    scaled = FP8Linear(32, 20, recipe=RECIPES[name], backend="scaled_mm", pad=True)
+    scaled.load_state_dict(emulated.state_dict())
+    x = randn(48, 32).bfloat16()
+    ours, theirs = emulated(x).float(), scaled(x).float()
+    # half an ulp of the sum, and the kernel's own rounding of the bias to BF16
+    bound = 2.0**-8 * ours.abs() + 2.0**-8 * emulated.bias.detach().abs()
+    assert bool(((ours - theirs).abs() <= bound).all())
+    assert (ours == theirs).float().mean() > 0.5
+
+
 def test_products_in_bf16_hold_the_operands_exactly():
     torch.manual_seed(0)
     wide = FP8Linear(64, 32, recipe=CurrentScaling(power_of_two=True), bias=False)

@@ -33,10 +33,7 @@ class FP8Products(torch.autograd.Function):
         weight_ = way.quantized("weight", weight)
         ctx.way, ctx.operands = way, (input_, weight_)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        output = product(input_.along(1), transposed(weight_.along(1)), way, fast=True)
-        if bias is not None:
-            output += bias
-        return output.to(way.out_dtype)
+        return product(input_.along(1), transposed(weight_.along(1)), way, way.out_dtype, bias=bias, fast=True)
 
     @staticmethod
     @once_differentiable
@@ -46,9 +43,9 @@ class FP8Products(torch.autograd.Function):
         grad_ = way.quantized("grad_output", grad)
         grad_x = grad_weight = grad_bias = None
         if needed[0]:
-            grad_x = product(grad_.along(1), weight_.along(0), way, fast=False).to(dtypes[0])
+            grad_x = product(grad_.along(1), weight_.along(0), way, dtypes[0])
         if needed[1]:
-            grad_weight = product(transposed(grad_.along(0)), input_.along(0), way, fast=False).to(dtypes[1])
+            grad_weight = product(transposed(grad_.along(0)), input_.along(0), way, dtypes[1])
         if dtypes[2] is not None and needed[2]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(dtypes[2])
         return grad_x, grad_weight, grad_bias, None
@@ -59,17 +56,26 @@ def transposed(operand: Scaled) -> Scaled:
     return Scaled(operand.values.mT, operand.scale if operand.scale.dim() == 0 else operand.scale.mT)
 
 
-def product(a: Scaled, b: Scaled, way: Way, *, fast: bool) -> torch.Tensor:
-    """``a @ b`` of the tensors that were quantized, float32: (m, k) and (k, n) to (m, n).
+def product(
+    a: Scaled,
+    b: Scaled,
+    way: Way,
+    dtype: torch.dtype,
+    *,
+    bias: torch.Tensor | None = None,
+    fast: bool = False,
+) -> torch.Tensor:
+    """``a @ b + bias`` of the tensors that were quantized, in ``dtype``: (m, k) and (k, n) to (m, n), sums in FP32.
 
     ``fast`` allows Hopper's short accumulator, as Transformer Engine does for the forward product only.
     Autocast is off inside: it would round the sums.
     """
     with torch.autocast(a.values.device.type, enabled=False):
         if way.backend == "scaled_mm":
-            return _scaled_mm(a, b, fast)
-        dtype = way.product_dtype
-        return _unscaled(torch.mm(a.values.to(dtype), b.values.to(dtype)).float(), a.scale, b.scale)
+            return _scaled_mm(a, b, dtype, bias, fast)
+        operands = a.values.to(way.product_dtype), b.values.to(way.product_dtype)
+        output = _unscaled(torch.mm(*operands).float(), a.scale, b.scale)
+        return (output if bias is None else output.add_(bias)).to(dtype)
 
 
 def _unscaled(output: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
@@ -81,29 +87,36 @@ def _unscaled(output: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor
     return output.mul_(a_scale.reciprocal()).mul_(b_scale.reciprocal())
 
 
-def _scaled_mm(a: Scaled, b: Scaled, fast: bool) -> torch.Tensor:
+def _scaled_mm(a: Scaled, b: Scaled, dtype: torch.dtype, bias: torch.Tensor | None, fast: bool) -> torch.Tensor:
     """The same on FP8 tensors.  The kernel takes decoding scales, the first operand by rows, the second by columns.
 
     On Hopper it takes no other layout, so that the backward products need transposed copies of their operands.
-    A whole number of 16 elements is filled up with zeros.  Row scales come with a BF16 output only.
+    A whole number of 16 elements is filled up with zeros.  Row scales come with a BF16 output only, a bias inside of
+    the kernel only with an output of 16 bits, in which it is rounded first.
     """
     left, right = _filled(a.values).contiguous(), _filled(b.values).mT.contiguous().mT
-    scales = [_decoding(scale, size) for scale, size in ((a.scale, left.shape[0]), (b.scale, right.shape[1]))]
-    if a.scale.dim():
+    scales = [_decoding(a.scale, left.shape[0]), _decoding(b.scale, right.shape[1])]
+    rows = a.scale.dim() > 0
+    if rows:
         scales = [scales[0].reshape(-1, 1), scales[1].reshape(1, -1)]
-    dtype = torch.bfloat16 if a.scale.dim() else torch.float32
-    fast = fast and left.is_cuda
+    out = torch.bfloat16 if rows else dtype
+    inside = None if bias is None or dtype == torch.float32 else _padded(bias.to(out), right.shape[1])
     output = torch._scaled_mm(
-        left, right, scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=fast
-    )
-    return output[: a.values.shape[0], : b.values.shape[1]].float()
+        left, right, *scales, bias=inside, out_dtype=out, use_fast_accum=fast and left.is_cuda
+    )[: a.values.shape[0], : b.values.shape[1]]
+    if bias is not None and inside is None:
+        output = output + bias
+    return output.to(dtype)
 
 
 def _decoding(scale: torch.Tensor, size: int) -> torch.Tensor:
     if scale.dim() == 0:
         return scale.reciprocal()
-    inverse = scale.flatten().reciprocal()
-    return torch.nn.functional.pad(inverse, (0, size - inverse.numel()), value=1.0)
+    return _padded(scale.flatten().reciprocal(), size)
+
+
+def _padded(x: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, size - x.numel()))
 
 
 def _filled(x: torch.Tensor) -> torch.Tensor:
