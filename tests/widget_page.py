@@ -19,6 +19,7 @@ from mixprec_lab.exhibits import (
     LostUpdateMap,
     MemoryCalculator,
     NumberLine,
+    OneTensorEveryScheme,
     PrecisionChooser,
     SameTensorTwoFormats,
     ScaleHistory,
@@ -188,6 +189,13 @@ SAMPLES = {
         lambda: PrecisionChooser(name="choose"),
         ("hardware", "task", "priority"),
         {"hardware": "v100", "task": "gan", "priority": "speed"},
+    ),
+    "one-tensor": Sample(
+        lambda: OneTensorEveryScheme(name="one"),
+        ("distribution", "outlier", "frequency", "place", "rule", "axis", "scheme"),
+        {"distribution": "wide", "outlier": 5, "frequency": 4, "place": "channels", "axis": "columns", "scheme": "nvfp4"},
+        mouse={},
+        heavy=lambda: OneTensorEveryScheme("wide", 4, 4, scheme="mxfp4", name="one"),
     ),
     "same-tensor": Sample(
         lambda: SameTensorTwoFormats(name="same"),

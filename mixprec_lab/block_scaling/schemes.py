@@ -84,17 +84,17 @@ _OCP = "OCP MX specification 1.0, section 6.3"
 SCHEMES: Mapping[str, BlockScheme] = MappingProxyType({
     s.name: s
     for s in (
-        BlockScheme("per_tensor", "fp8_e4m3", (None, None), title="E4M3, one scale", source="arXiv:2209.05433"),
-        BlockScheme("per_row", "fp8_e4m3", (1, None), title="E4M3, a scale a row", source="torchao, rowwise recipe"),
-        BlockScheme("tile_1x128", "fp8_e4m3", (1, 128), title="E4M3, 1x128 tiles", source="arXiv:2412.19437, 3.3.2"),
-        BlockScheme("block_128x128", "fp8_e4m3", (128, 128), title="E4M3, 128x128 blocks",
+        BlockScheme("per_tensor", "fp8_e4m3", (None, None), title="E4M3 per tensor", source="arXiv:2209.05433"),
+        BlockScheme("per_row", "fp8_e4m3", (1, None), title="E4M3 per row", source="torchao, rowwise recipe"),
+        BlockScheme("tile_1x128", "fp8_e4m3", (1, 128), title="E4M3 1x128", source="arXiv:2412.19437, 3.3.2"),
+        BlockScheme("block_128x128", "fp8_e4m3", (128, 128), title="E4M3 128x128",
                     source="arXiv:2412.19437, 3.3.2"),
         BlockScheme("mxfp8", "fp8_e4m3", (1, 32), "e8m0", "floor", title="MXFP8", source=_OCP),
         BlockScheme("mxfp6", "fp6_e3m2", (1, 32), "e8m0", "floor", title="MXFP6", source=_OCP),
         BlockScheme("mxfp4", "fp4_e2m1", (1, 32), "e8m0", "floor", title="MXFP4", source=_OCP),
         BlockScheme("nvfp4", "fp4_e2m1", (1, 16), "fp8_e4m3", second_level=True, title="NVFP4",
                     source="arXiv:2509.25149, appendix"),
-        BlockScheme("int8", INT8, (None, None), title="INT8, one scale", source="symmetric absmax quantization"),
+        BlockScheme("int8", INT8, (None, None), title="INT8 per tensor", source="symmetric absmax quantization"),
     )
 })  # fmt: skip
 

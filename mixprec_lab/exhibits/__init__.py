@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
     from mixprec_lab.exhibits.memory_calculator import MemoryCalculator
     from mixprec_lab.exhibits.number_line import NumberLine
+    from mixprec_lab.exhibits.one_tensor import OneTensorEveryScheme
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
     from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
     from mixprec_lab.exhibits.scale_history import ScaleHistory
@@ -27,6 +28,7 @@ _HOMES = {
     "LostUpdateMap": "lost_update_map",
     "MemoryCalculator": "memory_calculator",
     "NumberLine": "number_line",
+    "OneTensorEveryScheme": "one_tensor",
     "PrecisionChooser": "precision_chooser",
     "SameTensorTwoFormats": "same_tensor",
     "ScaleHistory": "scale_history",
@@ -43,6 +45,7 @@ __all__ = [
     "LostUpdateMap",
     "MemoryCalculator",
     "NumberLine",
+    "OneTensorEveryScheme",
     "PrecisionChooser",
     "SameTensorTwoFormats",
     "ScaleHistory",
@@ -52,12 +55,14 @@ __all__ = [
     "Windows",
 ]
 
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
 
 def __dir__() -> list[str]:
     return sorted(_HOMES)
