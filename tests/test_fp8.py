@@ -94,10 +94,10 @@ def test_a_16_bit_output_is_rounded_once_with_the_bias_inside(name):
     scaled.load_state_dict(emulated.state_dict())
     x = randn(48, 32).bfloat16()
     ours, theirs = emulated(x).float(), scaled(x).float()
-    # half an ulp of the sum, and the kernel's own rounding of the bias to BF16
-    bound = 2.0**-8 * ours.abs() + 2.0**-8 * emulated.bias.detach().abs()
+    # either is off by half an ulp, and the kernel rounds the bias to BF16
+    bound = 2.0**-7 * ours.abs() + 2.0**-8 * emulated.bias.detach().abs()
     assert bool(((ours - theirs).abs() <= bound).all())
-    assert (ours == theirs).float().mean() > 0.5
+    assert (ours == theirs).float().mean() > 0.8
 
 
 def test_products_in_bf16_hold_the_operands_exactly():
