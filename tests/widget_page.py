@@ -193,7 +193,7 @@ SAMPLES = {
     "one-tensor": Sample(
         lambda: OneTensorEveryScheme(name="one"),
         ("distribution", "outlier", "frequency", "place", "rule", "axis", "scheme"),
-        {"distribution": "wide", "outlier": 5, "frequency": 4, "place": "channels", "axis": "columns", "scheme": "nvfp4"},
+        {"distribution": "wide", "outlier": 5, "place": "channels", "axis": "columns", "scheme": "nvfp4"},
         mouse={},
         heavy=lambda: OneTensorEveryScheme("wide", 4, 4, scheme="mxfp4", name="one"),
     ),
