@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 NOTEBOOKS = $(wildcard book/*.ipynb)
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book serve lab notebooks clean
+.PHONY: help install lint test book serve lab notebooks measure clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -30,6 +30,9 @@ lab: install ## open the notebooks in JupyterLab
 
 notebooks: install ## run all notebooks in place and strip them for committing
 	@$(VENV_PYTHON) tools/strip_notebooks.py --execute $(NOTEBOOKS)
+
+measure: install ## measure this machine (minutes) and write book/data/<device>.json
+	@$(VENV_PYTHON) tools/measure.py
 
 clean: ## remove everything that make created, .venv included
 	@rm -rf _build .assets .venv .ruff_cache .pytest_cache mixprec_lab.egg-info
