@@ -7,6 +7,7 @@ shown as what was got: a check never fails with a traceback.
 
 from mixprec_lab.checks.amp import accumulated_step, fp16_tools, fresh_casts, logits_loss, snapshot
 from mixprec_lab.checks.bf16_vs_fp16 import clip_in_fp32, exact_from, norms_by_type, sign_flip_p
+from mixprec_lab.checks.block_scaling import dequantized, mx_scale, nvfp4_scales, own_blocks, transposed_operand
 from mixprec_lab.checks.formats import decode_e4m3, first_lost_integer, flushed_share, reports_overflow
 from mixprec_lab.checks.loss_scaling import clipped_step, next_scale, scaled_loss, unscaled_in_fp32, unscales_all
 from mixprec_lab.checks.master_weights import (
@@ -25,6 +26,7 @@ __all__ = [
     "clip_in_fp32",
     "clipped_step",
     "decode_e4m3",
+    "dequantized",
     "exact_from",
     "first_lost_integer",
     "first_lost_ratio",
@@ -35,8 +37,11 @@ __all__ = [
     "largest_batch",
     "logits_loss",
     "moving_average",
+    "mx_scale",
     "next_scale",
     "norms_by_type",
+    "nvfp4_scales",
+    "own_blocks",
     "reports_overflow",
     "saved_once",
     "scaled_loss",
@@ -47,6 +52,7 @@ __all__ = [
     "state_bytes",
     "stochastic_grid",
     "train_on_masters",
+    "transposed_operand",
     "true_sum_in_bf16",
     "unscaled_in_fp32",
     "unscaled_step",

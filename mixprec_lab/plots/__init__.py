@@ -5,6 +5,7 @@
 
 from mixprec_lab.plots.amp import gradient_scale, pillars, training_step
 from mixprec_lab.plots.bf16_vs_fp16 import losses, paired_differences, updates_lost
+from mixprec_lab.plots.block_scaling import bits_and_errors, block_shapes, outlier_errors, scale_rules
 from mixprec_lab.plots.formats import bit_layouts, exponent_histogram, relative_gaps, windows
 from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
@@ -30,6 +31,8 @@ __all__ = [
     "amdahl_curves",
     "axes",
     "bit_layouts",
+    "bits_and_errors",
+    "block_shapes",
     "colour",
     "error_against_magnitude",
     "exponent_histogram",
@@ -38,6 +41,7 @@ __all__ = [
     "losses",
     "matmul_rates",
     "memory_bars",
+    "outlier_errors",
     "paired_differences",
     "pillars",
     "published_ratios",
@@ -45,6 +49,7 @@ __all__ = [
     "rooflines",
     "rounding_steps",
     "running_sums",
+    "scale_rules",
     "seed_ranges",
     "source_line",
     "time_splits",
