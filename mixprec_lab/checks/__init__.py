@@ -19,6 +19,7 @@ from mixprec_lab.checks.master_weights import (
 )
 from mixprec_lab.checks.memory import adapter_states, largest_batch, saved_once, sharded_states
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
+from mixprec_lab.checks.speed import drift_free_ratio, honest_ratio, kernel_time, ridge_tokens, share_of_step
 
 __all__ = [
     "accumulated_step",
@@ -27,13 +28,16 @@ __all__ = [
     "clipped_step",
     "decode_e4m3",
     "dequantized",
+    "drift_free_ratio",
     "exact_from",
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
     "fp16_tools",
     "fresh_casts",
+    "honest_ratio",
     "kahan_bf16",
+    "kernel_time",
     "largest_batch",
     "logits_loss",
     "moving_average",
@@ -43,9 +47,11 @@ __all__ = [
     "nvfp4_scales",
     "own_blocks",
     "reports_overflow",
+    "ridge_tokens",
     "saved_once",
     "scaled_loss",
     "sharded_states",
+    "share_of_step",
     "sign_flip_p",
     "snapshot",
     "stall_point",
