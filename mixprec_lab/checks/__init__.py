@@ -9,6 +9,7 @@ from mixprec_lab.checks.amp import accumulated_step, fp16_tools, fresh_casts, lo
 from mixprec_lab.checks.bf16_vs_fp16 import clip_in_fp32, exact_from, norms_by_type, sign_flip_p
 from mixprec_lab.checks.block_scaling import dequantized, mx_scale, nvfp4_scales, own_blocks, transposed_operand
 from mixprec_lab.checks.formats import decode_e4m3, first_lost_integer, flushed_share, reports_overflow
+from mixprec_lab.checks.fp8 import convert, delayed_scale, fp8_product, resumed_scale, saturating_cast
 from mixprec_lab.checks.loss_scaling import clipped_step, next_scale, scaled_loss, unscaled_in_fp32, unscales_all
 from mixprec_lab.checks.master_weights import (
     first_lost_ratio,
@@ -26,13 +27,16 @@ __all__ = [
     "adapter_states",
     "clip_in_fp32",
     "clipped_step",
+    "convert",
     "decode_e4m3",
+    "delayed_scale",
     "dequantized",
     "drift_free_ratio",
     "exact_from",
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
+    "fp8_product",
     "fp16_tools",
     "fresh_casts",
     "honest_ratio",
@@ -47,7 +51,9 @@ __all__ = [
     "nvfp4_scales",
     "own_blocks",
     "reports_overflow",
+    "resumed_scale",
     "ridge_tokens",
+    "saturating_cast",
     "saved_once",
     "scaled_loss",
     "sharded_states",

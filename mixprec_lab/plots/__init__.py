@@ -7,6 +7,7 @@ from mixprec_lab.plots.amp import gradient_scale, pillars, training_step
 from mixprec_lab.plots.bf16_vs_fp16 import losses, paired_differences, updates_lost
 from mixprec_lab.plots.block_scaling import bits_and_errors, block_shapes, outlier_errors, scale_rules
 from mixprec_lab.plots.formats import bit_layouts, exponent_histogram, relative_gaps, windows
+from mixprec_lab.plots.fp8 import accumulator_errors, scale_chase
 from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
@@ -28,6 +29,7 @@ __all__ = [
     "METHOD_STYLES",
     "PART_COLOURS",
     "TERM_COLOURS",
+    "accumulator_errors",
     "amdahl_curves",
     "axes",
     "bit_layouts",
@@ -49,6 +51,7 @@ __all__ = [
     "rooflines",
     "rounding_steps",
     "running_sums",
+    "scale_chase",
     "scale_rules",
     "seed_ranges",
     "source_line",
