@@ -7,8 +7,8 @@ import { button, checked, drawing, facts, follow, frame, h, links, oneOf, paintF
 const KEYS = ["recipe", "history", "algorithm", "margin", "format", "shape", "steps", "level", "drift", "noise", "seed", "jumps",
   "step", "height", "length"];
 const INFINITE = 21, HIGHEST = 20, LONGEST = 256, MOST = 12, BOUND = 60, LAST_STEP = 255;
-const FACTS = [["now-amax", "amax"], ["now-limit", "Largest that fits"], ["now-scale", "Scale"], ["now-origin", "Scale from"],
-  ["now-clipped", "Clipped"], ["now-flushed", "Flushed to 0"], ["now-sqnr", "SQNR"]];
+const FACTS = [["now-amax", "amax"], ["now-limit", "Largest that fits"], ["now-scale", "Scale"],
+  ["now-clipped", "Clipped"], ["now-flushed", "Flushed to 0"], ["now-sqnr", "SQNR"], ["now-origin", "Scale from"]];
 const EXTREMES = [["clipped", "Most clipped"], ["flushed", "Most flushed"], ["sqnr", "Lowest SQNR"]];
 
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
@@ -97,9 +97,11 @@ export function compute(state, { shapes }, formats) {
 const tenths = (v) => (v.toFixed(1) === "-0.0" ? "0.0" : v.toFixed(1));
 const decibels = (v) => (Number.isFinite(v) ? `${tenths(v)} dB` : "\u2014");
 
-function scaleText(scale) {
-  const e = exponentOf(scale);
-  return pow2(e) === scale ? `2^${e}` : significant(scale, 4);
+// "2^-8", "448" or, far from 1, "1.048 x 2^-24".
+function sizeText(v) {
+  const e = exponentOf(v);
+  if (e && pow2(e) === v) return `2^${e}`;
+  return v >= 1e-4 && v < 1e4 ? significant(v, 4) : `${significant(v / pow2(e), 4)} x 2^${e}`;
 }
 
 function fitText(amax, limit) {
@@ -115,7 +117,8 @@ function ruleText(state, f) {
   if (state.recipe === "current") return `${top} / amax of this step`;
   if (state.recipe === "fixed") return "scale = 1";
   const many = state.algorithm === "max" && state.history !== "1";
-  return `${top} / 2^${state.margin} / amax, ${many ? `the largest of the ${state.history} steps before` : "of the step before"}`;
+  const margin = state.margin ? ` / 2^${state.margin}` : "";
+  return `${top}${margin} / amax, ${many ? `the largest of the ${state.history} steps before` : "of the step before"}`;
 }
 
 function originText(found, state, at) {
@@ -148,7 +151,7 @@ function lowest(sqnr) {
 function verdictOf({ clipped, flushed, sqnr }) {
   const n = sqnr.length, known = sqnr.filter((v) => v === v), some = (shares) => shares.filter((share) => share > 0).length;
   const mean = known.length ? decibels(known.reduce((a, b) => a + b) / known.length) : "\u2014";
-  const left = known.length === n ? "" : `, without the ${plural(n - known.length, "step")} with an infinity`;
+  const left = known.length === n ? "" : `, without ${plural(n - known.length, "step")} with an infinity`;
   return `Of ${plural(n, "step")} ${some(clipped)} clip values and ${some(flushed)} flush some to zero. The mean SQNR is ${mean}${left}.`;
 }
 
@@ -159,7 +162,7 @@ export function texts(found, state) {
   const at = marked(state), { stream, scale, clipped, flushed, sqnr, f } = found, amax = stream[at], limit = f.largest / scale[at];
   return {
     jumps: jumpText(state.jumps), rule: ruleText(state, f), verdict: verdictOf(found), at: `Step ${at}: ${fitText(amax, limit)}.`,
-    "now-amax": amax < Infinity ? scaleText(amax) : "inf", "now-scale": scaleText(scale[at]), "now-limit": scaleText(limit),
+    "now-amax": amax < Infinity ? sizeText(amax) : "inf", "now-scale": sizeText(scale[at]), "now-limit": sizeText(limit),
     "now-origin": originText(found, state, at), "now-clipped": percent(clipped[at]), "now-flushed": percent(flushed[at]),
     "now-sqnr": decibels(sqnr[at]), clipped: worst(clipped), flushed: worst(flushed), sqnr: lowest(sqnr),
   };
@@ -223,11 +226,12 @@ function ranges(found, state, x) {
 // A band of shares: one bar a step, as high as the share, at least two pixels where there is one.
 function band(name, shares, base, fill, x) {
   const parts = [rule(x(0), x(shares.length), base), rule(x(0), x(shares.length), base - LANE),
-    words(LEFT - 8, base - LANE / 2 + 4, name, { "text-anchor": "end" })];
+    words(LEFT - 8, base + 4, name, { "text-anchor": "end" }), words(LEFT - 8, base - LANE + 4, "100 %", { "text-anchor": "end" })];
   const wide = Math.max(x(1) - x(0), 1.5);
   shares.forEach((share, t) => {
     const tall = Math.max(share * LANE, 2);
-    if (share) parts.push(svg("rect", { x: x(t).toFixed(1), width: wide.toFixed(1), y: (base - tall).toFixed(1), height: tall.toFixed(1), fill }));
+    if (share) parts.push(svg("rect", { x: x(t).toFixed(1), width: wide.toFixed(1), y: (base - tall).toFixed(1),
+      height: tall.toFixed(1), fill, "shape-rendering": "crispEdges" }));
   });
   return parts;
 }
@@ -247,7 +251,7 @@ function picture(found, state, width) {
     { "text-anchor": share === 1 ? "end" : "middle" }));
   return [...ranges(found, state, x), ...band("clipped", found.clipped, GRID.clipped, "var(--mpl-over)", x),
     ...band("flushed", found.flushed, GRID.flushed, "var(--mpl-lost)", x), ...ratios(found.sqnr, x),
-    svg("line", { x1: x(at + 0.5), x2: x(at + 0.5), y1: TOP, y2: GRID.sqnr + 4, stroke: "var(--mpl-accent)" }), ...ticks,
+    svg("line", { x1: x(at + 0.5), x2: x(at + 0.5), y1: TOP, y2: GRID.sqnr + 4, stroke: "var(--mpl-fg)" }), ...ticks,
     words(x(n / 2), HEIGHT - 8, "step", { "text-anchor": "middle" })];
 }
 
@@ -264,7 +268,7 @@ function controlsOf(model, data, formats, set) {
   const pairs = (names, text = String) => names.map((name) => [name, text(name)]);
   const list = (key, label, options) => select(label, options, (v) => set({ [key]: v }));
   const range = (key, label, min, max, text = String) => slider(label, { min, max, name: key }, text, (v) => set({ [key]: v }));
-  const used = { fp8_e4m3: "E4M3, as for inputs", fp8_e5m2: "E5M2, as for gradients" };
+  const used = { fp8_e4m3: "E4M3 (inputs)", fp8_e5m2: "E5M2 (gradients)" };
   return {
     recipe: list("recipe", "Scaling", pairs(data.recipes, (name) => (name === "fixed" ? "fixed at 1" : name))),
     history: list("history", "History, steps", pairs(data.histories)),
@@ -339,8 +343,8 @@ function render({ model, el }) {
   const root = frame({ model, el, kind: "scale-history", title: "Scale history",
     hint: "Click the drawing to place a jump of the amax, and a jump to remove it. Values clip where the amax is above the line." },
   nodes("recipe", "history", "algorithm", "margin"), fields.rule, nodes("format", "shape", "steps", "level", "drift", "noise", "seed"),
-  legend(), picked.node, controls.step.node, nodes("height", "length"), jumps.node, fields.jumps, fields.verdict, extremes.node,
-  fields.at, now.node);
+  legend(), picked.node, controls.step.node, nodes("height", "length"), jumps.node, fields.verdict, extremes.node, fields.at,
+  now.node, fields.jumps);
   picked.node.classList.add("mpl-place");
   picked.node.addEventListener("click", (event) => jumps.clicked(event, picked.node));
   paint();

@@ -152,7 +152,8 @@ class ScaleHistory(Exhibit):
         source = "of the step before"
         if self.algorithm == "max" and self.history != "1":
             source = f"the largest of the {self.history} steps before"
-        return f"{top} / 2^{self.margin} / amax, {source}"
+        margin = f" / 2^{self.margin}" if self.margin else ""
+        return f"{top}{margin} / amax, {source}"
 
     def _origin_text(self, amax: float, source: int | None, frozen: int | None) -> str:
         if self.recipe == "fixed":
@@ -212,9 +213,12 @@ def _decibels(v: float) -> str:
     return f"{_tenths(v)} dB" if math.isfinite(v) else "\u2014"
 
 
-def _scale_text(scale: float) -> str:
-    fraction, exponent = math.frexp(scale)
-    return f"2^{exponent - 1}" if fraction == 0.5 else significant(scale, 4)
+def _size_text(v: float) -> str:
+    """``2^-8``, ``448`` or, far from 1, ``1.048 x 2^-24``."""
+    fraction, exponent = math.frexp(v)
+    if fraction == 0.5 and v != 1:
+        return f"2^{exponent - 1}"
+    return significant(v, 4) if 1e-4 <= v < 1e4 else f"{significant(2 * fraction, 4)} x 2^{exponent - 1}"
 
 
 def _fit(amax: float, limit: float) -> str:
@@ -230,9 +234,9 @@ def _fit(amax: float, limit: float) -> str:
 def _now(run: ScalingRun, at: int, largest: float) -> dict[str, str]:
     """What the table says of the chosen step."""
     return {
-        "now-amax": _scale_text(run.amax[at]) if run.amax[at] < math.inf else "inf",
-        "now-scale": _scale_text(run.scale[at]),
-        "now-limit": _scale_text(largest / run.scale[at]),
+        "now-amax": _size_text(run.amax[at]) if run.amax[at] < math.inf else "inf",
+        "now-scale": _size_text(run.scale[at]),
+        "now-limit": _size_text(largest / run.scale[at]),
         "now-clipped": percent(run.clipped[at]),
         "now-flushed": percent(run.flushed[at]),
         "now-sqnr": _decibels(run.sqnr_db[at]),
@@ -264,7 +268,7 @@ def _verdict(run: ScalingRun) -> str:
     steps, known = len(run.amax), [v for v in run.sqnr_db if math.isfinite(v)]
     clipping, flushing = (sum(share > 0 for share in shares) for shares in (run.clipped, run.flushed))
     mean = _decibels(sum(known) / len(known)) if known else "\u2014"
-    left = "" if len(known) == steps else f", without the {_plural(steps - len(known), 'step')} with an infinity"
+    left = "" if len(known) == steps else f", without {_plural(steps - len(known), 'step')} with an infinity"
     return (
         f"Of {_plural(steps, 'step')} {clipping} clip values and {flushing} flush some to zero. "
         f"The mean SQNR is {mean}{left}."
