@@ -110,7 +110,7 @@ def linear(plan: Plan) -> Rows:
     shapes = plan.pick(
         ((64, 64, 64),),
         ((256, 256, 256), (1024, 1024, 1024), (2048, 1024, 4096)),
-        ((1024, 2048, 1024), (4096, 4096, 4096), (4096, 8192, 16384), (15872, 4096, 16384)),
+        ((1024, 1024, 1024), (1024, 2048, 1024), (4096, 4096, 4096), (4096, 8192, 16384), (15872, 4096, 16384)),
     )
     found = [benchmark_fp8_vs_bf16(*shape, device=plan.device, rounds=plan.rounds) for shape in shapes]
     return [row for one in found for row in one.rows()]
