@@ -51,7 +51,7 @@ class OneTensorEveryScheme(Exhibit):
     place = t.Unicode("scattered").tag(sync=True)
     rule = t.Unicode("floor").tag(sync=True)
     axis = t.Unicode("rows").tag(sync=True)
-    scheme = t.Unicode().tag(sync=True)
+    scheme = t.Unicode("mxfp8").tag(sync=True)
 
     def __init__(
         self,
