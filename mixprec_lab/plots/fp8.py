@@ -16,23 +16,24 @@ _GREYS = ("#222222", "#6e6e6e", "#a0a0a0")
 
 
 def scale_chase(runs: Mapping[str, "ScalingRun"], fmt: FormatLike) -> "Axes":
-    """Above: each step's amax, and the largest value that fits at each recipe's scale; below: the SQNR that results."""
+    """A tensor's amax with what fits at each recipe's scale; the SQNR that results; the share that is flushed."""
     import matplotlib.pyplot as plt
 
     fmt = get_format(fmt)
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7.6, 5.4), height_ratios=(3, 2))
+    figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(7.6, 6.4), height_ratios=(3, 2, 1.6))
     first = next(iter(runs.values()))
     steps = range(len(first.amax))
-    top.semilogy(steps, first.amax, "o", color="#222222", markersize=4, label="largest magnitude of the tensor", base=2)
-    for (name, run), style in zip(runs.items(), _LINES, strict=False):
-        drawn = {"linestyle": style, "where": "mid", "color": colour(fmt)}
-        top.step(steps, [fmt.largest / s for s in run.scale], label=f"largest that fits, {name}", **drawn)
-        bottom.step(steps, run.sqnr_db, label=name, **drawn)
-    top.set_ylabel("magnitude, log2 scale")
+    top.semilogy(steps, first.amax, "o", color="#222222", markersize=4, label="amax", base=2)
+    looks = zip(_LINES, ("#b0b0b0", "#222222", colour(fmt)), (4.5, 1.6, 1.8), strict=False)
+    for (name, run), (style, tone, width) in zip(runs.items(), looks, strict=False):
+        drawn = {"linestyle": style, "where": "mid", "color": tone, "linewidth": width, "label": name}
+        top.step(steps, [fmt.largest / s for s in run.scale], **drawn)
+        middle.step(steps, run.sqnr_db, **drawn)
+        bottom.step(steps, [100 * share for share in run.flushed], **drawn)
+    for ax, label in ((top, "largest that fits"), (middle, "SQNR, dB"), (bottom, "flushed, %")):
+        ax.set_ylabel(label)
     top.legend(fontsize=9, loc="upper right")
-    bottom.set_ylabel("SQNR, dB")
     bottom.set_xlabel("step")
-    bottom.legend(fontsize=9, loc="lower right")
     return top
 
 
