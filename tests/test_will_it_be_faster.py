@@ -123,7 +123,7 @@ def test_controls_without_effect_are_off(pages):
 
 
 def test_the_page_keeps_its_height_while_a_slider_moves(pages):
-    for width in (1280, 390):
+    for width in (1280, 720, 390):
         visit = pages([WillItBeFaster(name="faster")], width=width)
         height = "document.querySelector('.mpl-exhibit').getBoundingClientRect().height"
         heights = {visit.page.evaluate(height)}

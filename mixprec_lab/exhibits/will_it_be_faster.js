@@ -195,7 +195,7 @@ function render({ model, el }) {
       + "published points of the device." },
   h("div", { class: "mpl-controls" }, ...["m", "k", "n", "device", "recipe", "layouts", "pair", "before", "after", "bandwidth",
     "launch", "share"].map((key) => controls[key].node)), said, bars.node,
-  h("div", { class: "mpl-side" }, split.node, list.node), points.node);
+  split.node, list.node, points.node);
   const paint = () => {
     const now = state(), found = compute(now, tables), words = texts(found, now, tables), [first, second] = dtypesOf(now);
     for (const [key, control] of Object.entries(controls)) control.show(now[key]);
