@@ -27,7 +27,7 @@ def rooflines(
     ax, device = axes(ax, 4.2), get_device(device)
     for dtype in dtypes:
         ridge, rate = device.ridge(dtype), device.rate(dtype) / 1e12
-        xs = [4, ridge, 1e4]
+        xs = [0.3, ridge, 1e4]
         line = [min(rate, x * device.bandwidth / 1e12) for x in xs]
         ax.plot(xs, line, color=colour(_FORMATS.get(dtype, dtype)), label=f"{dtype.upper()}: {rate:g} TFLOP/s")
     for (name, shape), marker in zip(shapes.items(), _MARKERS, strict=False):
@@ -95,7 +95,9 @@ def matmul_rates(record: Mapping[str, Any], ax: "Axes | None" = None) -> "Axes":
         ax.errorbar(sizes, rates, [low, high], fmt="o-", color=colour(_FORMATS.get(dtype, dtype)), capsize=3,
                     label=dtype.upper())  # fmt: skip
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    ax.set_yscale("log", base=2)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
     ax.set_xlabel("size n of an n x n x n product")
     ax.set_ylabel("TFLOP/s, median and quartiles")
     ax.set_title(source_line(record), fontsize=10)
