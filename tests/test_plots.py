@@ -110,3 +110,23 @@ def test_rounding_and_error_figures_have_labels():
 def test_style_is_set_once_for_all():
     plots.use_style()
     assert mpl.rcParams["axes.grid"] and mpl.rcParams["figure.facecolor"] == "white"
+
+
+def test_scale_chase_draws_what_fits_what_is_lost_and_what_is_flushed():
+    from mixprec_lab.fp8 import CurrentScaling, DelayedScaling, simulate_scaling
+
+    runs = {
+        name: simulate_scaling(recipe, [7.0, 7.0, 28.0, 7.0])
+        for name, recipe in (("current", CurrentScaling()), ("delayed", DelayedScaling()))
+    }
+    top, middle, bottom = plots.scale_chase(runs, "fp8_e4m3").figure.axes
+    amax, current, delayed = top.get_lines()
+    assert list(amax.get_ydata()) == [7.0, 7.0, 28.0, 7.0] == list(current.get_ydata())
+    assert list(delayed.get_ydata()) == [448.0, 7.0, 7.0, 28.0]
+    assert list(middle.get_lines()[1].get_ydata()) == runs["delayed"].sqnr_db
+    assert list(bottom.get_lines()[0].get_ydata()) == [100 * share for share in runs["current"].flushed]
+
+
+def test_accumulator_errors_are_drawn_over_the_length_of_the_sum():
+    ax = plots.accumulator_errors([64, 128], {"14 bits": [1e-3, 2e-3]})
+    assert list(ax.get_lines()[0].get_xdata()) == [64, 128] and list(ax.get_lines()[0].get_ydata()) == [1e-3, 2e-3]
