@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -34,8 +35,9 @@ def test_a_quick_run_measures_every_section(quick):
     record, printed = quick
     validate(record)
     assert list(record["sections"]) == list(sections.SECTIONS)
-    assert {name: s["status"] for name, s in record["sections"].items()} == dict.fromkeys(sections.SECTIONS, "ok")
-    assert all(f"{name}: ok, " in printed for name in sections.SECTIONS) and "wrote " in printed
+    statuses = dict.fromkeys(sections.SECTIONS, "ok") | {"transformer_engine": "skipped"}
+    assert {name: s["status"] for name, s in record["sections"].items()} == statuses
+    assert all(f"{name}: {status}, " in printed for name, status in statuses.items()) and "wrote " in printed
 
 
 def test_provenance_says_where_when_and_with_what(quick):
@@ -43,13 +45,12 @@ def test_provenance_says_where_when_and_with_what(quick):
     age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(told["date"])
     assert 0 <= age.total_seconds() < 600 and told["quick"] is True
     assert told["command"].startswith("python tools/measure.py --quick") and told["torch"] == torch.__version__
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert told["commit"].removesuffix("+changes") == (head or "unknown") or len(told["commit"]) >= 40
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", told["commit"])
     assert told["driver"] is None and told["transformer_engine"] is None and len(told["load"]) == 3
 
 
 def test_rows_hold_what_the_pages_need(quick):
-    rows = {name: section["rows"] for name, section in quick[0]["sections"].items()}
+    rows = {name: section["rows"] for name, section in quick[0]["sections"].items() if section["status"] == "ok"}
     assert {row["dtype"] for row in rows["matmul"]} == {"fp32", "bf16", "fp16"}
     assert all(row["teraflops"] > 0 for row in rows["matmul"] + rows["linear"])
     assert {row["emulated"] for row in rows["linear"] if row["dtype"] == "fp8"} == {True}

@@ -69,7 +69,7 @@ def test_layers_agree_with_float64():
     inputs = linear_module._inputs(x, g, linear_module._quantized_weight(weight), torch.device("cpu"))
     x64, g64, w64 = x.bfloat16().double(), g.bfloat16().double(), weight.double()
     exact = x64 @ w64.T, g64 @ w64, g64.T @ x64
-    steps, _, _ = linear_module._steps(weight, {"current": CurrentScaling()}, torch.device("cpu"))
+    steps, _, _ = linear_module._steps(weight, {"current": CurrentScaling()}, (), torch.device("cpu"))
     assert difference(steps["fp32"](inputs), exact) < 1e-6 and difference(steps["bf16"](inputs), exact) < 5e-3
     assert difference(steps["fp8 current, emulated"](inputs), exact) < TOLERANCE
     # the arm of FP8 hardware runs on a CPU too, through torch's reference loop
@@ -110,12 +110,13 @@ def test_only_real_fp8_on_known_devices_becomes_a_point(small):
     for row in rows:
         row |= {"emulated": False, "backend": "scaled_mm"}
     products = rows[0] | {"casts": False, "recipe": "none"}
-    gpu["sections"]["linear"] = {"status": "ok", "seconds": 1.0, "rows": [*small.rows(), *rows, products]}
+    gpu["sections"]["linear"] = {"status": "ok", "seconds": 1.0, "rows": [*small.rows(), *rows[1:], products]}
+    gpu["sections"]["transformer_engine"] = {"status": "ok", "seconds": 1.0, "rows": [small.rows()[0], rows[0]]}
     points = measured_points({"h200": gpu})
     assert [(p.device, p.recipe, p.scope) for p in points] == [
-        ("h200", "delayed", "layer"), ("h200", "current", "layer"), ("h200", "none", "kernel")]  # fmt: skip
-    assert points[0].ratio == rows[0]["ratio"]["median"] and points[0].shapes == ((64, 96, 32),)
-    assert points[0].title == "NVIDIA H200, measured 2026-11-26, delayed scaling" and points[0] not in PUBLISHED
+        ("h200", "current", "layer"), ("h200", "none", "kernel"), ("h200", "delayed", "layer")]  # fmt: skip
+    assert points[2].ratio == rows[0]["ratio"]["median"] and points[2].shapes == ((64, 96, 32),)
+    assert points[2].title == "NVIDIA H200, measured 2026-11-26, delayed scaling" and points[2] not in PUBLISHED
     assert measured_points({"h200": record()}) == ()
 
 

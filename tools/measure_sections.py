@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mixprec_lab.fp8 import FP8Trainer
+from mixprec_lab.fp8 import FP8Trainer, why_not
 from mixprec_lab.memory import LiveBytes
 from mixprec_lab.models import Block
 from mixprec_lab.rounding import quantize
@@ -105,15 +105,26 @@ def _square(plan: Plan, dtype: str, n: int) -> dict[str, Any]:
     return {"name": f"{dtype} {n}", "dtype": dtype, "shape": [n, n, n], "seconds": seconds, "teraflops": rate}
 
 
-def linear(plan: Plan) -> Rows:
-    """One linear layer forward and backward in every format, with and without casts."""
+def _layers(plan: Plan, *backends: str) -> Rows:
     shapes = plan.pick(
         ((64, 64, 64),),
         ((256, 256, 256), (1024, 1024, 1024), (2048, 1024, 4096)),
         ((1024, 1024, 1024), (1024, 2048, 1024), (4096, 4096, 4096), (4096, 8192, 16384), (15872, 4096, 16384)),
     )
-    found = [benchmark_fp8_vs_bf16(*shape, device=plan.device, rounds=plan.rounds) for shape in shapes]
-    return [row for one in found for row in one.rows()]
+    settings = {"device": plan.device, "rounds": plan.rounds, "backends": backends}
+    return [row for shape in shapes for row in benchmark_fp8_vs_bf16(*shape, **settings).rows()]
+
+
+def linear(plan: Plan) -> Rows:
+    """One linear layer forward and backward in every format of torch, with and without casts."""
+    return _layers(plan, "scaled_mm")
+
+
+def transformer_engine(plan: Plan) -> Rows:
+    """The same with Transformer Engine's FP8; a section of its own, so that its failure costs the other nothing."""
+    if reason := why_not("transformer_engine", plan.device):
+        raise Skipped(reason)
+    return _layers(plan, "transformer_engine")
 
 
 def block(plan: Plan) -> Rows:
@@ -288,7 +299,6 @@ def noise(plan: Plan) -> Rows:
     return [{"name": "one product against itself", "ratio": asdict(result.ratio("the same"))}]
 
 
-SECTIONS: Mapping[str, Callable[[Plan], Rows]] = {
-    "noise": noise, "copy": copy, "matmul": matmul, "linear": linear, "block": block, "gpt": gpt,
-    "quantizer": quantizer, "exhibits": exhibits,
-}  # fmt: skip
+SECTIONS: dict[str, Callable[[Plan], Rows]] = {
+    f.__name__: f for f in (noise, copy, matmul, linear, transformer_engine, block, gpt, quantizer, exhibits)
+}

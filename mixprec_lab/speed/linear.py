@@ -5,7 +5,7 @@ are compared before they are timed.  Every arm is named by what it does, emulati
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mixprec_lab.fp8 import CurrentScaling, DelayedScaling, FP8Linear, Recipe, available_backends, why_not
+from mixprec_lab.fp8 import CurrentScaling, DelayedScaling, FP8Linear, Recipe, why_not
 from mixprec_lab.speed.rooflines import products
 from mixprec_lab.speed.timing import BenchmarkResult, Timer, benchmark, cache_bytes, rotating
 
@@ -77,6 +77,7 @@ def benchmark_fp8_vs_bf16(
     rounds: int = 15,
     warmup: int = 3,
     recipes: Mapping[str, Recipe] = FP8_RECIPES,
+    backends: Sequence[str] = ("scaled_mm", "transformer_engine"),
     rotate: int | None = None,
     timer: Timer | None = None,
     seed: int = 0,
@@ -84,10 +85,10 @@ def benchmark_fp8_vs_bf16(
     """Forward and backward of a (m, k) by (k, n) linear layer in BF16, FP32, TF32, FP16 and FP8, as far as they run.
 
     ``bf16`` has operands in BF16, ``bf16 with casts`` FP32 ones that are cast in each call, as autocast does with
-    FP32 weights.  FP8 arms take BF16 operands and quantize in each call, by every recipe and every real backend; where
-    there is none (a CPU), by emulation, which says nothing about the speed of FP8 and is marked so.  ``fp8 products``
-    times products of quantized operands alone.  TF32 and FP16 are timed on CUDA only.  Input sets rotate until they
-    take ``rotate`` bytes, by default twice the last cache on CUDA (on a CPU: two sets).
+    FP32 weights.  FP8 arms take BF16 operands and quantize in each call, by every recipe and every one of ``backends``
+    that runs on CUDA; elsewhere by emulation, which says nothing about the speed of FP8 and is marked so.
+    ``fp8 products`` times products of quantized operands alone.  TF32 and FP16 are timed on CUDA only.  Input sets
+    rotate until they take ``rotate`` bytes, by default twice the last cache on CUDA (on a CPU: two sets).
 
     Raises ValueError for sizes that are no multiples of 16, which FP8 units need; UnequalWork if an arm's output or
     gradients are not those of BF16 within 12 %, the rounding of FP8.
@@ -102,7 +103,7 @@ def benchmark_fp8_vs_bf16(
         return torch.randn(shape, generator=generator).to(device)
 
     weight = (normal(n, k) / k**0.5).bfloat16()
-    steps, arms, skipped = _steps(weight, recipes, device)
+    steps, arms, skipped = _steps(weight, recipes, backends, device)
     scaled = "fp8 products" in steps
     quantized = _quantized_weight(weight) if scaled else None
 
@@ -130,7 +131,7 @@ def _inputs(x: torch.Tensor, g: torch.Tensor, weight: Any, device: torch.device)
 
 
 def _steps(
-    weight: torch.Tensor, recipes: Mapping[str, Recipe], device: torch.device
+    weight: torch.Tensor, recipes: Mapping[str, Recipe], backends: Sequence[str], device: torch.device
 ) -> tuple[dict[str, Step], dict[str, Arm], dict[str, str]]:
     steps: dict[str, Step] = {"bf16": _plain(weight, torch.bfloat16)}
     arms, skipped = {"bf16": Arm("bf16", casts=False)}, {}
@@ -145,11 +146,9 @@ def _steps(
         add("fp16", _plain(weight, torch.float16), Arm("fp16", casts=False))
     else:
         skipped["tf32"] = skipped["fp16"] = f"timed on CUDA only, this is {device}"
-    real = [b for b in available_backends(device) if b != "emulated" and device.type == "cuda"]
-    skipped |= {b: reason for b in ("scaled_mm", "transformer_engine") if (reason := why_not(b, device))}
-    if device.type != "cuda":
-        skipped["scaled_mm"] = "on a CPU it is a reference loop, which would be timed for its own sake"
-    for backend in real or ["emulated"]:
+    skipped |= {b: reason for b in backends if (reason := _no_backend(b, device))}
+    real = [b for b in backends if b not in skipped]
+    for backend in real or (["emulated"] if device.type != "cuda" else []):
         for name, recipe in recipes.items():
             if backend in recipe.backends:
                 add(f"fp8 {name}, {backend}", _fp8(weight, recipe, backend),
@@ -157,6 +156,12 @@ def _steps(
     if "scaled_mm" in real:
         add("fp8 products", _products_only, Arm("fp8", casts=False, backend="scaled_mm"))
     return steps, arms, skipped
+
+
+def _no_backend(backend: str, device: torch.device) -> str | None:
+    if backend == "scaled_mm" and device.type != "cuda":
+        return "on a CPU it is a reference loop, which would be timed for its own sake"
+    return why_not(backend, device)
 
 
 def _differentiated(layer: Callable[[torch.Tensor], torch.Tensor], weight: nn.Parameter, dtype: torch.dtype) -> Step:

@@ -65,14 +65,16 @@ def measured_points(records: Mapping[str, Mapping[str, Any]]) -> tuple[Published
     """
     found = []
     for record in records.values():
-        device, section = identify(record["device"]), record["sections"].get("linear", {})
-        if device is None or section.get("status") != "ok":
+        device = identify(record["device"])
+        sections = [record["sections"].get(name, {}) for name in ("linear", "transformer_engine")]
+        rows = [row for section in sections if section.get("status") == "ok" for row in section["rows"]]
+        if device is None:
             continue
         title = f"{record['device']}, measured {record['provenance']['date'][:10]}"
         found += [
             PublishedPoint(f"{title}, {row['recipe']} scaling", device.name, row["recipe"],
                            "layer" if row["casts"] else "kernel", row["ratio"]["median"], "", (tuple(row["shape"]),))
-            for row in section["rows"]
+            for row in rows
             if row["dtype"] == "fp8" and not row["emulated"] and row["recipe"] in RECIPES
         ]  # fmt: skip
     return tuple(found)
