@@ -39,9 +39,12 @@ class _Cut(NamedTuple):
         return x[tuple(slice(n) for n in self.shape)].contiguous()
 
     def largest(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The largest value of each block, in the shape of ``spread``."""
+        """The largest magnitude in each block, in the shape of ``spread``; NaN where there is one."""
         inside = list(range(1, blocks.dim(), 2))
-        return blocks.amax(dim=inside, keepdim=True) if inside else blocks
+        if not inside:
+            return blocks.abs()
+        # Two reductions read less memory than abs() would write.
+        return torch.maximum(blocks.amax(inside, keepdim=True), -blocks.amin(inside, keepdim=True)).abs_()
 
     def spread(self, scales: torch.Tensor) -> torch.Tensor:
         """Scales in the shape of ``grid``, ready to be broadcast over the blocks."""
@@ -157,6 +160,14 @@ def block_quantize(
     and as ``rounding.quantize`` for a rounding mode.
     """
     scheme = get_scheme(scheme)
+    cut, elements, scales, tensor_scale = _quantized(x, scheme, axis, rounding, generator)
+    return BlockQuantized(cut.join(elements), scales.reshape(cut.grid), tensor_scale, scheme, axis, x.dtype)
+
+
+def _quantized(
+    x: torch.Tensor, scheme: BlockScheme, axis: int, rounding: Rounding, generator: torch.Generator | None
+) -> tuple[_Cut, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(cut, elements in blocks, scales to be broadcast over them, second-level scale), after all checks."""
     if not isinstance(x, torch.Tensor) or x.dtype not in _WORKING or x.layout != torch.strided:
         got = f"{x.dtype} {x.layout}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(
@@ -164,12 +175,11 @@ def block_quantize(
         )
     cut = _cut(x.shape, scheme, axis)
     blocks = cut.split(x.detach().to(_WORKING[x.dtype]))
-    scales, tensor_scale = _scales(cut.largest(blocks.abs()), scheme)
+    scales, tensor_scale = _scales(cut.largest(blocks), scheme)
     total = _total(scales, tensor_scale).to(blocks.dtype)
     # A block scale that was flushed to zero flushes its block: x / inf is a zero with the sign of x.
     scaled = blocks / (total if tensor_scale is None else total.masked_fill(total == 0, math.inf))
-    elements = cut.join(quantize(scaled, scheme.element, rounding, "saturate", generator))
-    return BlockQuantized(elements, scales.reshape(cut.grid), tensor_scale, scheme, axis, x.dtype)
+    return cut, quantize(scaled, scheme.element, rounding, "saturate", generator), scales, tensor_scale
 
 
 def _scales(amax: torch.Tensor, scheme: BlockScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -194,4 +204,5 @@ def quantize_blocks(
     The products ``element * scale`` are computed in float32 (float64 for float64) and rounded once to the dtype of
     ``x``.  Everything else is as in ``block_quantize``.
     """
-    return block_quantize(x, scheme, axis, rounding, generator).dequantize()
+    cut, elements, scales, tensor_scale = _quantized(x, get_scheme(scheme), axis, rounding, generator)
+    return cut.join(elements.mul_(_total(scales, tensor_scale).to(elements.dtype))).to(x.dtype)
