@@ -16,7 +16,7 @@ from mixprec_lab.exhibits._text import error_text, percent, significant
 from mixprec_lab.formats import FloatFormat
 
 ROWS, COLUMNS = 32, 256
-LARGEST = 1 << 14  #: elements of a tensor that the page carries
+LARGEST = 1 << 13  #: elements of a tensor that the page carries
 DISTRIBUTIONS = {"normal": "normal", "student": "Student's t, 2 degrees of freedom", "wide": "wide: log2 |x| normal"}
 OWN = "own"
 PLACES = {"scattered": "scattered", "channels": "in channels (columns)", "tokens": "in tokens (rows)"}
@@ -33,7 +33,7 @@ class OneTensorEveryScheme(Exhibit):
     ``10**outlier`` (0 to 6), ``place`` says which.  ``rule`` is the scale rule of the MX schemes, ``axis`` the
     direction of one-dimensional blocks, ``scheme`` the one that the map shows.  ``schemes`` are those that are offered
     (names or ``BlockScheme``; None: all of ``SCHEMES``).  ``tensor`` adds one of your own: two dimensions of 2 or more,
-    finite, at most 16,384 values, taken in FP32.
+    finite, at most 8,192 values, taken in FP32.
 
     Everything is drawn with the small generator that page and Python share, and with arithmetic that is exact or
     correctly rounded, so that both hold the same bits.  Raises TypeError or ValueError for another tensor, ValueError
@@ -170,7 +170,7 @@ def _checked(x: torch.Tensor) -> torch.Tensor:
     if x.dim() != 2 or min(x.shape) < 2 or x.numel() > LARGEST:
         raise ValueError(
             f"expected two dimensions of 2 or more and at most {LARGEST} values, got shape {tuple(x.shape)}: give a "
-            f"part, as x[:64, :256]"
+            f"part, as x[:32, :256]"
         )
     if not bool(x.isfinite().all()) or not bool(x.any()):
         raise ValueError("expected finite values in FP32 that are not all zero, got NaN, infinity or only zeros")
