@@ -96,6 +96,12 @@ def test_outliers_stand_where_they_should(place, frequency, count):
         assert set(lines.tolist()) == {0, 32 if place == "channels" else 256}
 
 
+def test_a_tensor_of_ones_own_is_shown_as_it_is():
+    shown = OneTensorEveryScheme(tensor=own())
+    assert shown.distribution == "own" and torch.equal(shown.tensor()[0], own())
+    assert "20 rows of 70 values" in shown.result()["summary"]
+
+
 def test_an_outlier_of_100_kills_int8_and_leaves_e4m3_alone():
     mild = OneTensorEveryScheme(outlier=2).result()
     assert float(mild["per_tensor-error"]) < 0.03 and float(mild["int8-error"]) > 0.4

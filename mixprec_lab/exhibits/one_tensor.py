@@ -30,10 +30,10 @@ class OneTensorEveryScheme(Exhibit):
     """A 32 x 256 tensor in every scheme: errors, what is flushed or saturates, bits per value, and a map of the errors.
 
     ``distribution`` names the ordinary values; about one in ``2**frequency`` (4 to 12) of them is multiplied by
-    ``10**outlier`` (0 to 6), ``place`` says which.  ``rule`` is the scale rule of the MX schemes, ``axis`` the
-    direction of one-dimensional blocks, ``scheme`` the one that the map shows.  ``schemes`` are those that are offered
-    (names or ``BlockScheme``; None: all of ``SCHEMES``).  ``tensor`` adds one of your own: two dimensions of 2 or more,
-    finite, at most 8,192 values, taken in FP32.
+    ``10**outlier`` (0 to 6; None: 3, and 0 for a tensor of your own), ``place`` says which.  ``rule`` is the scale rule
+    of the MX schemes, ``axis`` the direction of one-dimensional blocks, ``scheme`` the one that the map shows.
+    ``schemes`` are those that are offered (names or ``BlockScheme``; None: all of ``SCHEMES``).  ``tensor`` adds one of
+    your own: two dimensions of 2 or more, finite, at most 8,192 values, taken in FP32.
 
     Everything is drawn with the small generator that page and Python share, and with arithmetic that is exact or
     correctly rounded, so that both hold the same bits.  Raises TypeError or ValueError for another tensor, ValueError
@@ -56,7 +56,7 @@ class OneTensorEveryScheme(Exhibit):
     def __init__(
         self,
         distribution: str | None = None,
-        outlier: int = 3,
+        outlier: int | None = None,
         frequency: int = 8,
         place: str = "scattered",
         *,
@@ -74,7 +74,8 @@ class OneTensorEveryScheme(Exhibit):
         self._own = None if tensor is None else _checked(tensor)
         first = scheme or ("mxfp8" if "mxfp8" in self._schemes else chosen[0].name)
         state = {
-            "distribution": distribution or ("normal" if tensor is None else OWN), "outlier": outlier,
+            "distribution": distribution or ("normal" if tensor is None else OWN),
+            "outlier": (3 if tensor is None else 0) if outlier is None else outlier,
             "frequency": frequency, "place": place, "rule": rule, "axis": axis, "scheme": first,
         }  # fmt: skip
         formats = {f.name: f for s in chosen for f in (s.element, s.scale)}
