@@ -1,0 +1,1 @@
+"""Detect, name and localise what makes a mixed-precision run unstable."""
