@@ -78,7 +78,7 @@ class _Grad(nn.Module):
 )  # fmt: skip
 def gradients_in_e4m3(seed: int, repaired: bool) -> Run:
     model = chain(seed, fc=linear(16, 4), grad=lambda: _Grad(repaired))
-    x, y = regression(seed, 512)
+    x, y = regression(seed, 1024)
     return plain(model, sgd(model, 1.0), lambda i: F.mse_loss(model(x), y))
 
 

@@ -250,7 +250,7 @@ def sqrt_at_zero(seed: int, repaired: bool) -> Run:
     def dist(z: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(z - w, dim=-1) if repaired else (z - w).pow(2).sum(-1).sqrt()
 
-    model = chain(seed, fc1=linear(16, 8), dist=lambda: _Do(dist))
+    model = chain(seed, fc1=lambda: nn.Linear(16, 8, bias=False), dist=lambda: _Do(dist))
     x, _ = regression(seed)
     twin = x.roll(1, 0)
     twin[7] = x[7]  # a pair of equal samples
