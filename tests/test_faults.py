@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import time
 import warnings
 from collections import Counter
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mixprec_lab.nan_debugging.faults import FAULTS, HEALTHY, Fault, Run, run_fault
 from mixprec_lab.nan_debugging.faults._run import PHASES, seeded
@@ -476,6 +479,74 @@ def test_the_healthy_runs_with_a_scaler_skip_steps_and_go_on(name, at_once):
     rises = [i for i in range(200) if scales[i + 1] > scales[i]]
     assert len(falls) >= 3 and (falls[0] == 0) == at_once
     assert bool(rises) != at_once and all(b - a == 1 for a, b in zip(falls[:3], falls[1:3], strict=False)) == at_once
+
+
+# --- places
+
+
+class Births(TorchDispatchMode):
+    """Operators whose result is the first to be NaN or infinite, with the module they ran in."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.path, self.found = [""], []
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda module, inputs, name=name: self.path.append(name))
+            module.register_forward_hook(self.leave)
+
+    def leave(self, module, inputs, out) -> None:
+        self.path.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        nan, inf = self.bad((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        new_nan, new_inf = self.bad(out) if "empty" not in str(func) else (False, False)
+        if (new_nan and not nan) or (new_inf and not inf and not nan):
+            self.found.append((self.path[-1], str(func)))
+        return out
+
+    @staticmethod
+    def bad(tree) -> tuple[bool, bool]:
+        leaves = [torch.as_tensor(v) for v in tree_leaves(tree) if isinstance(v, torch.Tensor | float)]
+        wide = [v.float() for v in leaves if v.is_floating_point()]
+        return any(bool(v.isnan().any()) for v in wide), any(bool(v.isinf().any()) for v in wide)
+
+
+BORN = [
+    fault
+    for fault in EVERY
+    if fault.name not in ("batchnorm_one_sample", "inf_in_label")
+    and (SYMPTOMS.get(fault.name, loss_is_bad) in (loss_is_bad, gradient_is_bad, weights_go_bad))
+    and fault.phase != "data"
+] + [FAULTS[name] for name in ("rmsnorm_fp16", "clip_norm_overflows", "where_trap_under_scaler", "all_labels_ignored")]
+
+
+@named(BORN)
+def test_the_first_bad_value_is_born_where_the_fault_says(fault):
+    """A tracer of every operator, which knows nothing of the catalogue, agrees with its modules and operations."""
+    run = fault.build(0, False)
+    births = Births(run.model)
+    for i in range(fault.step + 1):
+        births.found.clear()
+        with births, seeded(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run.step(i, Recorder(run, Seen()))
+    module, operation = births.found[0]
+    assert any(re.search(pattern, operation) for pattern in fault.operations), births.found
+    if module:  # the backward pass and the loss run in no module
+        assert any(re.search(pattern, module) for pattern in fault.modules), births.found
+
+
+@named(EVERY)
+def test_places_are_regular_expressions_that_name_something(fault):
+    """None is so wide that it matches an empty place, and each module pattern names a part of the run or a call."""
+    run = fault.build(0, False)
+    parts = [n for n, _ in run.model.named_modules()] + [n for n, _ in run.model.named_parameters()]
+    parts += ["input", "target", "loss", "optimizer", "scaler"] + ["scheduler"] * bool(run.scheduler)
+    assert fault.modules and fault.operations
+    assert not any(re.search(pattern, "") for pattern in fault.modules + fault.operations)
+    for pattern in fault.modules:
+        assert any(re.search(pattern, part) for part in parts), pattern
 
 
 # --- claims about torch on which the catalogue rests

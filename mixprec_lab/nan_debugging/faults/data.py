@@ -133,7 +133,7 @@ class _Counted(nn.Module):
 @fault(
     "Positions by a running sum in FP16: beyond 2,048 it counts in twos",
     "ids_cast_to_low_precision", "forward", silent=True,
-    modules=("emb", "^input$", "^$"), operations=("cumsum", "to_copy", "embedding"),
+    modules=("emb", "^input$"), operations=("cumsum", "to_copy", "embedding"),
     cure="sum the mask in int64",
 )  # fmt: skip
 def positions_by_cumsum_fp16(seed: int, repaired: bool) -> Run:

@@ -48,7 +48,7 @@ class _HandSoftmax(nn.Module):
 
 @fault(
     "A softmax written by hand in FP16: exp of 12 is infinite",
-    "fp16_overflow", "forward", modules=("softmax",), operations=("exp",),
+    "fp16_overflow", "forward", modules=("softmax",), operations=(r"\bexp\b", "ExpBackward"),
     cure="subtract the largest logit of the row, as torch.softmax does, or compute in FP32",
 )  # fmt: skip
 def hand_softmax_fp16(seed: int, repaired: bool) -> Run:
@@ -115,7 +115,7 @@ class _Vae(nn.Module):
 
 @fault(
     "The KL term of a VAE: exp(logvar) overflows FP16",
-    "fp16_overflow", "forward", modules=("kl", "vae"), operations=("exp",),
+    "fp16_overflow", "forward", modules=("kl", "vae"), operations=(r"\bexp\b", "ExpBackward"),
     cure="clamp logvar and compute the KL term in FP32",
 )  # fmt: skip
 def vae_kl_fp16(seed: int, repaired: bool) -> Run:
@@ -170,7 +170,7 @@ class _Softplus(nn.Module):
 
 @fault(
     "A softplus written by hand in FP16: log(1 + exp(12)) is infinite",
-    "fp16_overflow", "forward", modules=("softplus",), operations=("exp",),
+    "fp16_overflow", "forward", modules=("softplus",), operations=(r"\bexp\b", "ExpBackward"),
     cure="torch.nn.functional.softplus",
 )  # fmt: skip
 def softplus_fp16(seed: int, repaired: bool) -> Run:
