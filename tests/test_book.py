@@ -31,10 +31,10 @@ def printed(cell) -> str:
 
 
 def pairs() -> list:
-    """``(notebook, stub, solution)``: each exercise with the code cell after it."""
+    """``(stub, solution)``: each exercise with the code cell after it that shows no symptom."""
     found = []
     for path in NOTEBOOKS:
-        cells = code_cells(path)
+        cells = [cell for cell in code_cells(path) if "symptom" not in tags(cell)]
         for cell, after in zip(cells, [*cells[1:], None], strict=True):
             if "exercise" in tags(cell):
                 found.append(pytest.param(cell, after, id=f"{path.stem}-{cell.id}"))

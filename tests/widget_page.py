@@ -18,6 +18,7 @@ from mixprec_lab.exhibits import (
     LossScaleLab,
     LostUpdateMap,
     MemoryCalculator,
+    Museum,
     NumberLine,
     OneTensorEveryScheme,
     PrecisionChooser,
@@ -190,6 +191,7 @@ SAMPLES = {
         ("hardware", "task", "priority"),
         {"hardware": "v100", "task": "gan", "priority": "speed"},
     ),
+    "museum": Sample(lambda: Museum(name="rooms"), ("theme", "level"), {"theme": "repair", "level": "3"}),
     "one-tensor": Sample(
         lambda: OneTensorEveryScheme(name="one"),
         ("distribution", "outlier", "frequency", "place", "rule", "axis", "scheme"),

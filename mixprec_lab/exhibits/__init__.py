@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.loss_scale_lab import LossScaleLab
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
     from mixprec_lab.exhibits.memory_calculator import MemoryCalculator
+    from mixprec_lab.exhibits.museum import Museum
     from mixprec_lab.exhibits.number_line import NumberLine
     from mixprec_lab.exhibits.one_tensor import OneTensorEveryScheme
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
@@ -27,6 +28,7 @@ _HOMES = {
     "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
     "MemoryCalculator": "memory_calculator",
+    "Museum": "museum",
     "NumberLine": "number_line",
     "OneTensorEveryScheme": "one_tensor",
     "PrecisionChooser": "precision_chooser",
@@ -44,6 +46,7 @@ __all__ = [
     "LossScaleLab",
     "LostUpdateMap",
     "MemoryCalculator",
+    "Museum",
     "NumberLine",
     "OneTensorEveryScheme",
     "PrecisionChooser",

@@ -31,6 +31,7 @@ const answers = {
       flushed: exact(found.flushed), sqnr: exact(found.sqnr) };
   },
   "precision-chooser": () => (state) => js.texts(state, traits),
+  museum: () => (state) => js.texts(state, traits),
   "one-tensor": () => (state) => {
     const { tensor, found, shown, ...rest } = js.compute(state, traits);
     return { texts: js.texts({ tensor, found, shown, ...rest }, state), x: Array.from(tensor.x), hit: Array.from(tensor.hit),
