@@ -296,7 +296,9 @@ def test_a_value_that_is_not_finite_makes_its_block_nan_and_no_other(name, bad):
         if rows == 1:
             hit[:], hit[3, 40 // wide * wide : 40 // wide * wide + wide] = False, True
     assert torch.equal(got.isnan(), hit)
-    assert bool(block_quantize(x, name).packed_scales().float().isnan().any())
+    stored = block_quantize(x, name)
+    assert bool(stored.packed_scales().float().isnan().any())
+    assert stored.tensor_scale is None or bool(stored.tensor_scale.isnan())
 
 
 @pytest.mark.parametrize("name", SCHEMES)

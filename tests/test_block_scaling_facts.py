@@ -119,6 +119,19 @@ def test_saturated_is_what_the_specifications_block_clamps():
     assert block_report(x, "mxfp8").max_error == float((exact.double() - x.double()).abs().max())
 
 
+def test_the_rounding_of_an_fp32_scale_is_no_saturation():
+    x = normal(4096, 16)
+    scaled = x / block_quantize(x, "per_row").scales
+    assert bool((scaled.abs() > 448).any()) and block_report(x, "per_row").saturated == 0
+
+
+def test_a_flushed_block_is_flushed_and_not_saturated():
+    x = torch.ones(2, 16)
+    x[0], x[1] = 6 * 448.0, 2.0**-12
+    found = block_report(x, "nvfp4")
+    assert (found.flushed, found.saturated, found.saturated_blocks) == (0.5, 0, 0)
+
+
 def test_a_perfect_copy_and_a_broken_tensor():
     perfect = block_report(torch.ones(4, 32), "mxfp8")
     assert (perfect.sqnr_db, perfect.relative_rms, perfect.max_error) == (math.inf, 0, 0)
