@@ -9,37 +9,23 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mixprec_lab import models
+from mixprec_lab.nan_debugging.faults import _healthy_networks as nets
+from mixprec_lab.nan_debugging.faults._healthy_networks import STEPS, batches, classify, images, regress, see, then
 from mixprec_lab.nan_debugging.faults._networks import adam, amp, chain, classification, linear, mlp, plain, regression
 from mixprec_lab.nan_debugging.faults._run import Probe, Run, seeded
 
-STEPS = 200
-
-
-def _images(seed: int, samples: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """(samples, 1, 8, 8) noisy copies of ten patterns, and which."""
-    generator = torch.Generator().manual_seed(seed + 4000)
-    labels = torch.randint(10, (samples,), generator=generator)
-    patterns = torch.rand(10, 1, 8, 8, generator=generator)
-    return patterns[labels] + 0.3 * torch.randn(samples, 1, 8, 8, generator=generator), labels
-
-
-def _batches(seed: int, samples: int, size: int) -> Callable[[int], torch.Tensor]:
-    """Indices of the batch of a step, drawn anew for every step."""
-    return lambda i: torch.randint(samples, (size,), generator=torch.Generator().manual_seed(seed * STEPS + i))
-
 
 def _mlp(seed: int) -> Run:
-    model, (x, y), batch = mlp(seed), regression(seed, 256), _batches(seed, 256, 32)
-    return plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
+    model = mlp(seed)
+    return plain(model, adam(model), regress(model, seed), STEPS)
 
 
 def _transformer(seed: int) -> Run:
-    model, (x, y), batch = models.transformer(seed), _images(seed), _batches(seed, 64, 16)
+    model = models.transformer(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    return plain(model, optimizer, lambda i: F.cross_entropy(model(x[batch(i)]), y[batch(i)]), STEPS)
+    return plain(model, optimizer, see(model, seed), STEPS)
 
 
 def _convnet_batchnorm(seed: int) -> Run:
@@ -49,25 +35,17 @@ def _convnet_batchnorm(seed: int) -> Run:
         conv2=lambda: nn.Conv2d(8, 8, 3, padding=1), norm2=lambda: nn.BatchNorm2d(8), relu2=nn.ReLU,
         pool=lambda: nn.MaxPool2d(2), flat=nn.Flatten, head=linear(128, 10),
     )  # fmt: skip
-    (x, y), batch = _images(seed), _batches(seed, 64, 16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return plain(model, optimizer, lambda i: F.cross_entropy(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Gan(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
-        self.discriminator = nn.Sequential(nn.Linear(2, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+    return plain(model, optimizer, see(model, seed), STEPS)
 
 
 def _gan(seed: int) -> Run:
     """Two optimizers; the gradients of the discriminator are polluted by the generator's loss, and not used."""
     with seeded(seed):
-        model = _Gan()
+        model = nets.Gan()
     fake_side, real_side = adam(model.generator, 1e-3), adam(model.discriminator, 1e-3)
     real, noise = regression(seed, 512, 4, 2)[1], regression(seed + 1, 512, 4, 2)[0]
-    batch, judge = _batches(seed, 512, 32), F.binary_cross_entropy_with_logits
+    batch, judge = batches(seed, 512, 32), F.binary_cross_entropy_with_logits
 
     def step(i: int, probe: Probe) -> None:
         fake = model.generator(noise[batch(i)])
@@ -87,24 +65,15 @@ def _gan(seed: int) -> Run:
     return Run(model, [fake_side, real_side], step, STEPS)
 
 
-class _Reader(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lstm(images.squeeze(1))[0][:, -1])
-
-
 def _lstm(seed: int) -> Run:
     """Eight rows of an image, one after the other, and the usual clipping."""
     with seeded(seed):
-        model = _Reader()
-    (x, y), batch, optimizer = _images(seed), _batches(seed, 64, 16), adam(model)
+        model = nets.Reader()
+    loss_of, optimizer = see(model, seed), adam(model)
 
     def step(i: int, probe: Probe) -> None:
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[batch(i)]), y[batch(i)])
+        loss = loss_of(i)
         probe.loss(loss)
         loss.backward()
         probe.gradients()
@@ -116,21 +85,21 @@ def _lstm(seed: int) -> Run:
 
 def _scaler_calibration(seed: int) -> Run:
     """FP16 from a scale of 2**24: the first steps are skipped, as they should be."""
-    model, (x, y), batch = mlp(seed), classification(seed, 256), _batches(seed, 256, 32)
-    return amp(model, adam(model, 1e-3), lambda i: F.cross_entropy(model(x[batch(i)]), y[batch(i)]), STEPS, 2.0**24)
+    model = mlp(seed)
+    return amp(model, adam(model, 1e-3), classify(model, seed), STEPS, 2.0**24)
 
 
 def _scaler_growth(seed: int) -> Run:
     """FP16 with a scale that grows every 20 steps, until a growth is too much and one step is skipped."""
-    model, (x, y), batch = mlp(seed), classification(seed, 256), _batches(seed, 256, 32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model = mlp(seed)
+    loss_of, optimizer = classify(model, seed), torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=20)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.7)
 
     def step(i: int, probe: Probe) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
-            loss = F.cross_entropy(model(x[batch(i)]), y[batch(i)])
+            loss = loss_of(i)
         probe.loss(loss)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -149,7 +118,7 @@ def _gradient_accumulation(seed: int) -> Run:
     """Four micro-batches a step under FP16, their losses divided by four, unscaled and clipped once."""
     model, (x, y) = mlp(seed), classification(seed, 256)
     optimizer, scaler = adam(model), torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    batch = _batches(seed, 256, 32)
+    batch = batches(seed, 256, 32)
 
     def step(i: int, probe: Probe) -> None:
         total = 0.0
@@ -170,7 +139,7 @@ def _gradient_accumulation(seed: int) -> Run:
 
 
 def _bf16_autocast(seed: int) -> Run:
-    model, (x, y), batch = models.transformer(seed), _images(seed), _batches(seed, 64, 16)
+    model, (x, y), batch = models.transformer(seed), images(seed), batches(seed, 64, 16)
 
     def loss_of(i: int) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -183,17 +152,7 @@ def _bf16_autocast(seed: int) -> Run:
 def _dropout(seed: int) -> Run:
     """Half of the units off: half of the activations are exactly zero."""
     model = chain(seed, fc1=linear(16, 64), relu=nn.ReLU, drop=lambda: nn.Dropout(0.5), fc2=linear(64, 4))
-    (x, y), batch = regression(seed, 256), _batches(seed, 256, 32)
-    return plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Bag(nn.Module):
-    def __init__(self, sparse: bool) -> None:
-        super().__init__()
-        self.emb, self.head = nn.Embedding(500, 16, sparse=sparse), nn.Linear(16, 4)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.emb(ids).mean(1))
+    return plain(model, adam(model), regress(model, seed), STEPS)
 
 
 def _ids(seed: int) -> torch.Tensor:
@@ -203,8 +162,8 @@ def _ids(seed: int) -> torch.Tensor:
 def _sparse_embedding(seed: int) -> Run:
     """Sparse gradients, two optimizers."""
     with seeded(seed):
-        model = _Bag(sparse=True)
-    ids, y, batch = _ids(seed), classification(seed, 256)[1], _batches(seed, 256, 32)
+        model = nets.Bag(sparse=True)
+    ids, y, batch = _ids(seed), classification(seed, 256)[1], batches(seed, 256, 32)
     table, head = torch.optim.SparseAdam(model.emb.parameters(), lr=1e-2), adam(model.head)
 
     def step(i: int, probe: Probe) -> None:
@@ -223,53 +182,32 @@ def _sparse_embedding(seed: int) -> Run:
 def _dense_embedding(seed: int) -> Run:
     """A table of which a batch touches few rows: most gradients are exactly zero, and most weights stay."""
     with seeded(seed):
-        model = _Bag(sparse=False)
-    ids, y, batch = _ids(seed), classification(seed, 256)[1], _batches(seed, 256, 8)
+        model = nets.Bag(sparse=False)
+    ids, y, batch = _ids(seed), classification(seed, 256)[1], batches(seed, 256, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     return plain(model, optimizer, lambda i: F.cross_entropy(model(ids[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.body, self.out = nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
-        self.out.weight = self.emb.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.out(self.body(self.emb(ids)).relu())
 
 
 def _weight_tying(seed: int) -> Run:
     """Predict the next token of a fixed cycle; embedding and output share one tensor."""
     with seeded(seed):
-        model = _Tied()
-    batch, following = _batches(seed, 20, 32), torch.arange(20).roll(-1)
+        model = nets.Tied()
+    batch, following = batches(seed, 20, 32), torch.arange(20).roll(-1)
     return plain(model, adam(model), lambda i: F.cross_entropy(model(batch(i)), following[batch(i)]), STEPS)
 
 
 def _frozen_layers(seed: int) -> Run:
     """The first layer is frozen and still in the optimizer: it has no gradient and does not move."""
-    model, (x, y), batch = mlp(seed), regression(seed, 256), _batches(seed, 256, 32)
+    model = mlp(seed)
     model.fc1.requires_grad_(False)
-    return plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Causal(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.qkv, self.head = nn.Embedding(20, 16), nn.Linear(16, 48), nn.Linear(16, 20)
-        self.register_buffer("mask", torch.full((12, 12), -torch.inf).triu(1))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(self.emb(ids)).chunk(3, -1)
-        return self.head(((query / 4) @ key.mT + self.mask).softmax(-1) @ value)
+    return plain(model, adam(model), regress(model, seed), STEPS)
 
 
 def _masked_attention(seed: int) -> Run:
     """A causal mask of -inf, kept in a buffer: infinities that belong there."""
     with seeded(seed):
-        model = _Causal()
-    start, following = _batches(seed, 20, 8), torch.arange(12)
+        model = nets.Causal()
+    start, following = batches(seed, 20, 8), torch.arange(12)
 
     def loss_of(i: int) -> torch.Tensor:
         ids = (start(i)[:, None] + following) % 20
@@ -280,25 +218,18 @@ def _masked_attention(seed: int) -> Run:
 
 def _cosine_schedule(seed: int) -> Run:
     """Warm-up and a cosine that ends at a learning rate of zero: the last updates vanish, as planned."""
-    model, (x, y), batch = mlp(seed), regression(seed, 256), _batches(seed, 256, 32)
+    model = mlp(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=20)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - 20)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [20])
-    run = plain(model, optimizer, lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-    train = run.step
-
-    def step(i: int, probe: Probe) -> None:
-        train(i, probe)
-        scheduler.step()
-
-    run.step, run.scheduler = step, scheduler
-    return run
+    run = plain(model, optimizer, regress(model, seed), STEPS)
+    return then(run, lambda i: scheduler.step(), scheduler)
 
 
 def _small_batches(seed: int) -> Run:
     """Two samples a batch and a few wild targets: the loss jumps by a factor of a hundred and more."""
-    model, (x, y), batch = mlp(seed), regression(seed, 256), _batches(seed, 256, 2)
+    model, (x, y), batch = mlp(seed), regression(seed, 256), batches(seed, 256, 2)
     y = y.clone()
     y[::40] *= 12
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -306,7 +237,7 @@ def _small_batches(seed: int) -> Run:
 
 
 def _label_smoothing(seed: int) -> Run:
-    model, (x, y), batch = mlp(seed), classification(seed, 256), _batches(seed, 256, 32)
+    model, (x, y), batch = mlp(seed), classification(seed, 256), batches(seed, 256, 32)
 
     def loss_of(i: int) -> torch.Tensor:
         return F.cross_entropy(model(x[batch(i)]), y[batch(i)], label_smoothing=0.1)
@@ -316,25 +247,16 @@ def _label_smoothing(seed: int) -> Run:
 
 def _momentum_large_lr(seed: int) -> Run:
     """SGD with momentum at a learning rate that is large and stable: the loss rises at times."""
-    model, (x, y), batch = mlp(seed), classification(seed, 256), _batches(seed, 256, 32)
+    model = mlp(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    return plain(model, optimizer, lambda i: F.cross_entropy(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Branched(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.left, self.right = nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(32, 4)
-
-    def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
-        return (self.left if left else self.right)(self.body(x).relu())
+    return plain(model, optimizer, classify(model, seed), STEPS)
 
 
 def _alternating_heads(seed: int) -> Run:
     """Two tasks in turn: in every step one head has no gradient."""
     with seeded(seed):
-        model = _Branched()
-    (x, y), batch = regression(seed, 256), _batches(seed, 256, 32)
+        model = nets.Branched()
+    (x, y), batch = regression(seed, 256), batches(seed, 256, 32)
 
     def loss_of(i: int) -> torch.Tensor:
         target = y[batch(i)] if i % 2 else -y[batch(i)]
@@ -343,99 +265,111 @@ def _alternating_heads(seed: int) -> Run:
     return plain(model, adam(model), loss_of, STEPS)
 
 
-class _ZeroInit(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner, self.outer, self.head = (nn.Linear(16, 16) for _ in range(4))
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        return self.head(x + self.outer(self.inner(x).relu()))[:, :4]
-
-
 def _zero_initialised_branch(seed: int) -> Run:
     """A residual branch that starts at zero: the gradient of its inner layer is exactly zero in the first step."""
     with seeded(seed):
-        model = _ZeroInit()
-    (x, y), batch = regression(seed, 256), _batches(seed, 256, 32)
-    return plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16))
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(checkpoint(self.inner, x, use_reentrant=False))
+        model = nets.ZeroInit()
+    return plain(model, adam(model), regress(model, seed), STEPS)
 
 
 def _activation_checkpointing(seed: int) -> Run:
     """Part of the forward pass runs twice, the second time inside the backward pass."""
     with seeded(seed):
-        model = _Checkpointed()
-    (x, y), batch = regression(seed, 256), _batches(seed, 256, 32)
-    return plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-
-
-class _Averaged(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.ema = nn.Linear(16, 4), nn.Linear(16, 4).requires_grad_(False)
-        self.ema.load_state_dict(self.net.state_dict())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        model = nets.Checkpointed()
+    return plain(model, adam(model), regress(model, seed), STEPS)
 
 
 def _weight_average(seed: int) -> Run:
     """A moving average of the weights in FP32, which moves slowly and does move."""
     with seeded(seed):
-        model = _Averaged()
-    (x, y), batch = regression(seed, 256), _batches(seed, 256, 32)
-    run = plain(model, adam(model.net), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
-    train = run.step
+        model = nets.Averaged()
 
-    def step(i: int, probe: Probe) -> None:
-        train(i, probe)
-        with torch.no_grad():
-            for average, p in zip(model.ema.parameters(), model.net.parameters(), strict=True):
-                average.lerp_(p, 0.001)
+    @torch.no_grad()
+    def average(i: int) -> None:
+        for kept, p in zip(model.ema.parameters(), model.net.parameters(), strict=True):
+            kept.lerp_(p, 0.001)
 
-    run.step = step
-    return run
+    run = plain(model, adam(model.net), regress(model, seed), STEPS)
+    return then(run, average)
 
 
-HEALTHY: Mapping[str, Callable[[int], Run]] = MappingProxyType(
-    {
-        builder.__name__.lstrip("_"): builder
-        for builder in (
-            _mlp,
-            _transformer,
-            _convnet_batchnorm,
-            _gan,
-            _lstm,
-            _scaler_calibration,
-            _scaler_growth,
-            _gradient_accumulation,
-            _bf16_autocast,
-            _dropout,
-            _sparse_embedding,
-            _dense_embedding,
-            _weight_tying,
-            _frozen_layers,
-            _masked_attention,
-            _cosine_schedule,
-            _small_batches,
-            _label_smoothing,
-            _momentum_large_lr,
-            _alternating_heads,
-            _zero_initialised_branch,
-            _activation_checkpointing,
-            _weight_average,
-        )
-    }
-)
+def _warm_up_from_zero(seed: int) -> Run:
+    """The first learning rate is 0: the first step moves nothing, as planned."""
+    model = mlp(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, done / 20))
+    run = plain(model, optimizer, regress(model, seed), STEPS)
+    return then(run, lambda i: scheduler.step(), scheduler)
+
+
+def _negative_loss(seed: int) -> Run:
+    """A likelihood: its negative logarithm falls through zero."""
+    model = mlp(seed, outputs=8)
+    (x, y), batch = regression(seed, 256), batches(seed, 256, 32)
+
+    def loss_of(i: int) -> torch.Tensor:
+        mean, width = model(x[batch(i)]).chunk(2, -1)
+        return F.gaussian_nll_loss(mean, y[batch(i)], F.softplus(width) + 1e-2)
+
+    return plain(model, adam(model), loss_of, STEPS)
+
+
+def _summed_loss(seed: int) -> Run:
+    """A sum over all elements in FP32: a loss of thousands, gradients of hundreds, a small learning rate."""
+    model, (x, y) = mlp(seed, outputs=64), regression(seed, 128, outputs=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    return plain(model, optimizer, lambda i: F.mse_loss(model(x), y, reduction="sum"), STEPS)
+
+
+def _gradient_penalty(seed: int) -> Run:
+    """The gradient with respect to the input is part of the loss: a backward pass through a backward pass."""
+    model = chain(seed, fc1=linear(16, 32), act=nn.SiLU, fc2=linear(32, 4))
+    (x, y), batch = regression(seed, 256), batches(seed, 256, 32)
+
+    def loss_of(i: int) -> torch.Tensor:
+        inputs = x[batch(i)].clone().requires_grad_()
+        out = model(inputs)
+        (slope,) = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+        return F.mse_loss(out, y[batch(i)]) + 0.01 * slope.pow(2).sum(1).mean()
+
+    return plain(model, adam(model), loss_of, STEPS)
+
+
+def _evaluation_between_steps(seed: int) -> Run:
+    """Every tenth step ends with an evaluation in eval mode, without gradients."""
+    norm, drop = (lambda: nn.BatchNorm1d(32)), (lambda: nn.Dropout(0.2))
+    model = chain(seed, fc1=linear(16, 32), norm=norm, drop=drop, fc2=linear(32, 4))
+    (x, y), batch = regression(seed, 256), batches(seed, 256, 32)
+
+    def evaluate(i: int) -> None:
+        if i % 10 == 0:
+            model.eval()
+            with torch.no_grad():
+                F.mse_loss(model(x), y)
+            model.train()
+
+    run = plain(model, adam(model), lambda i: F.mse_loss(model(x[batch(i)]), y[batch(i)]), STEPS)
+    return then(run, evaluate)
+
+
+def _unfrozen_on_the_way(seed: int) -> Run:
+    """The first layer is frozen for 100 steps and trained for 100."""
+    model, (x, y), batch = mlp(seed), regression(seed, 256), batches(seed, 256, 32)
+
+    def loss_of(i: int) -> torch.Tensor:
+        model.fc1.requires_grad_(i >= 100)
+        return F.mse_loss(model(x[batch(i)]), y[batch(i)])
+
+    return plain(model, adam(model), loss_of, STEPS)
+
+
+_BUILDERS = (
+    _mlp, _transformer, _convnet_batchnorm, _gan, _lstm, _scaler_calibration, _scaler_growth,
+    _gradient_accumulation, _bf16_autocast, _dropout, _sparse_embedding, _dense_embedding, _weight_tying,
+    _frozen_layers, _masked_attention, _cosine_schedule, _small_batches, _label_smoothing, _momentum_large_lr,
+    _alternating_heads, _zero_initialised_branch, _activation_checkpointing, _weight_average,
+    _warm_up_from_zero, _negative_loss, _summed_loss, _gradient_penalty, _evaluation_between_steps,
+    _unfrozen_on_the_way,
+)  # fmt: skip
+
+HEALTHY: Mapping[str, Callable[[int], Run]] = MappingProxyType({b.__name__.lstrip("_"): b for b in _BUILDERS})

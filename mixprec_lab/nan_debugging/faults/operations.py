@@ -153,21 +153,24 @@ def std_of_one(seed: int, repaired: bool) -> Run:
 
 
 @fault(
-    "Masking by multiplication: infinity times 0 is NaN",
-    "inf_times_zero", "forward", modules=("^loss$", "mask"), operations=("mul", "Mul"),
-    cure="select: torch.where(known, error, 0), or error[known]",
+    "Masking by multiplication: the weight 1 / 0 of a class without samples is infinite, and times 0 it is NaN",
+    "inf_times_zero", "forward", modules=("^loss$", "weigh"), operations=(r"\bmul\b", "Mul", "reciprocal", r"\bdiv"),
+    cure="select: torch.where(count > 0, 1 / count, 0)",
 )  # fmt: skip
 def mask_by_multiplication(seed: int, repaired: bool) -> Run:
-    known = torch.ones(32, 4, dtype=torch.bool)
-    known[5] = False
+    count = torch.tensor([10.0, 4.0, 0.0, 18.0])
 
-    def mask(error: torch.Tensor) -> torch.Tensor:
-        return torch.where(known, error, 0.0) if repaired else error * known
+    def weigh(error: torch.Tensor) -> torch.Tensor:
+        weight = 1 / count
+        return error * torch.where(count > 0, weight, 0.0) if repaired else error * weight * (count > 0)
 
-    model = chain(seed, fc1=linear(16, 4), mask=lambda: _Do(mask))
+    model = chain(seed, fc1=linear(16, 4), weigh=lambda: _Do(weigh))
     x, y = regression(seed)
-    target = torch.where(known, y, torch.inf)  # how this data set writes "not known"
-    return plain(model, sgd(model), lambda i: model.mask((model.fc1(x) - target).abs()).sum() / known.sum())
+
+    def loss_of(i: int) -> torch.Tensor:
+        return model.weigh((model.fc1(x) - y).pow(2)).sum()
+
+    return plain(model, sgd(model, 0.01), loss_of)
 
 
 @fault(
