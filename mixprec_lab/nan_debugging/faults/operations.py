@@ -152,25 +152,32 @@ def std_of_one(seed: int, repaired: bool) -> Run:
     return plain(model, adam(model), lambda i: F.mse_loss(model(x), y))
 
 
+class _AddedMask(nn.Module):
+    """Attention of which the first ``lengths`` tokens of a sample are read; the mask is added to the logits."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.least = least
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        keep = (torch.arange(x.shape[1]) < lengths[:, None]).float()
+        mask = (1 - keep) * self.least
+        logits = (self.query(x) / 4) @ self.key(x).mT + mask[:, None, :]
+        return (logits.softmax(-1) @ self.value(x)).mean(1)
+
+
 @fault(
-    "Masking by multiplication: the weight 1 / 0 of a class without samples is infinite, and times 0 it is NaN",
-    "inf_times_zero", "forward", modules=("^loss$", "weigh"), operations=(r"\bmul\b", "Mul", "reciprocal", r"\bdiv"),
-    cure="select: torch.where(count > 0, 1 / count, 0)",
+    "An additive mask as (1 - keep) * -inf: what is kept gets 0 * -inf, which is NaN",
+    "inf_times_zero", "forward", modules=("attn",), operations=(r"\bmul\b", "Mul"),
+    cure="(1 - keep) * torch.finfo(dtype).min, or masked_fill",
 )  # fmt: skip
 def mask_by_multiplication(seed: int, repaired: bool) -> Run:
-    count = torch.tensor([10.0, 4.0, 0.0, 18.0])
-
-    def weigh(error: torch.Tensor) -> torch.Tensor:
-        weight = 1 / count
-        return error * torch.where(count > 0, weight, 0.0) if repaired else error * weight * (count > 0)
-
-    model = chain(seed, fc1=linear(16, 4), weigh=lambda: _Do(weigh))
-    x, y = regression(seed)
-
-    def loss_of(i: int) -> torch.Tensor:
-        return model.weigh((model.fc1(x) - y).pow(2)).sum()
-
-    return plain(model, sgd(model, 0.01), loss_of)
+    least = torch.finfo(torch.float32).min if repaired else -torch.inf
+    model = chain(seed, attn=lambda: _AddedMask(least), head=linear(16, 4))
+    x = torch.randn(8, 12, 16, generator=torch.Generator().manual_seed(seed))
+    lengths, y = torch.tensor([12, 9, 5, 1, 7, 12, 3, 8]), classification(seed, 8)[1]
+    return plain(model, adam(model), lambda i: F.cross_entropy(model.head(model.attn(x, lengths)), y))
 
 
 @fault(
