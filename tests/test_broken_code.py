@@ -15,7 +15,7 @@ from torch import nn
 
 from mixprec_lab.checks import broken_code
 from mixprec_lab.checks.broken_code import LEVELS, ROOMS, THEMES, Room
-from mixprec_lab.checks.broken_code.stand_ins import HostReads, timer, transformer_engine
+from mixprec_lab.checks.broken_code.stand_ins import HostReads, timer, transformer_engine, without_gpu
 from mixprec_lab.speed import SimulatedGPU
 
 EACH = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
@@ -176,8 +176,129 @@ def set_before_use(scaler, scale):
     return scaler
 
 
+def excuses_texts(x):
+    try:
+        return "overflow" if torch.tensor(x, dtype=torch.float16).isinf() else "fine"
+    except TypeError:
+        return "not a number"
+
+
+def rounds_at_the_end(addend, steps, dtype):
+    return torch.tensor(steps * addend).to(dtype).item()
+
+
+def forgets_to_subtract(weight, update, steps, dtype):
+    total = torch.tensor(weight, dtype=dtype)
+    for _ in range(steps):
+        total += update
+    return 1 - total.item() / (steps * update)
+
+
+def records_the_start_too(scaler, overflows):
+    scales = [scaler.scale]
+    for overflow in overflows:
+        scaler.update_scale(overflow)
+        scales.append(scaler.scale)
+    return scales
+
+
+def clips_what_is_small_too(parameters, max_norm):
+    parameters = list(parameters)
+    norm = sum(p.grad.square().sum() for p in parameters).sqrt()
+    for p in parameters:
+        p.grad *= max_norm / norm
+    return norm
+
+
+def steps_copies_of_the_masters(model, lr):
+    masters = [p.detach().float() for p in model.parameters()]
+    return masters, torch.optim.SGD([master.clone() for master in masters], lr=lr)
+
+
+def trained_in_fp16(weight, lr, steps):
+    p = nn.Parameter(torch.tensor(weight, dtype=torch.float16))
+    optimizer = torch.optim.SGD([p], lr=lr)
+    for _ in range(steps):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    return p.item()
+
+
+def two_floors(model):
+    return [
+        f"{name}.{inner}" if inner else name
+        for name, child in model.named_children()
+        for inner, module in [("", child), *child.named_children()]
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def tools_without_a_scale(device):
+    return torch.autocast(device, dtype=torch.float16), torch.amp.GradScaler(device, enabled=False)
+
+
+def forgets_the_momentum(model, optimizer, good):
+    model.load_state_dict(good["model"])
+    optimizer.state.clear()
+    return model
+
+
+def checkpoint_without(key):
+    def checkpoint(model, optimizer, scaler, scheduler):
+        parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "scheduler": scheduler}
+        saved = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+        other = torch.Generator().manual_seed(5).get_state()
+        empty = {"rng": other, "scaler": torch.amp.GradScaler("cpu").state_dict()}
+        return {**saved, key: empty[key]} if key in empty else {k: v for k, v in saved.items() if k != key}
+
+    return checkpoint
+
+
 #: Repairs that look right and are not.
 HALF_CURES = {
+    "any_shape": [lambda module: module.in_features % 16 == 0, lambda module: module.in_features % 8 == 0],
+    "backward_dtype": [lambda x, w, dtype: dtype, lambda x, w, dtype: (x.to(dtype) @ w.to(dtype)).dtype],
+    "bare_except": [excuses_texts],
+    "blamed_sum": [lambda addend, steps, dtype: 0.0],
+    "by_name": [lambda model: [n for n in model if n in ("wte", "embedding")]],
+    "clipped_copies": [lambda parameters, norm: nn.utils.clip_grad_norm_(parameters, 0.5)],
+    "direct_children": [two_floors],
+    "forgotten_cast": [lambda x, name: x.bfloat16().float(), lambda x, name: x.half().bfloat16().float()],
+    "forgotten_issue": [lambda report: [name for name in ("loss_nan", "grad_nan", "param_nan") if report[name]]],
+    "forward_only": [
+        lambda time, arms: sum(time(arms["bf16"][i]) / time(arms["fp8"][i]) for i in (0, 1)) / 2,
+        lambda time, arms: time(arms["bf16"][1]) / time(arms["fp8"][1]),
+    ],
+    "half_a_checkpoint": [checkpoint_without(key) for key in ("model", "optimizer", "scaler", "scheduler", "rng")],
+    "half_everything": [trained_in_fp16],
+    "half_parameters": [lambda size: nn.Linear(size, 1, dtype=torch.bfloat16), lambda size: nn.Linear(size, 1).half()],
+    "half_quotient": [
+        lambda gradients, scale: [(g / scale).float() for g in gradients],
+        lambda gradients, scale: [g.float() for g in gradients],
+    ],
+    "ignored_argument": [lambda recipes, steps: recipes.DelayedScaling(amax_history_len=16)],
+    "late_record": [records_the_start_too],
+    "missing_import": [lambda logits, targets: nn.functional.cross_entropy(logits, targets)],
+    "narrow_sample": [
+        lambda dtype: torch.exp2(torch.arange(-40.0, 41.0)).to(dtype).isfinite().double().mean(),
+        lambda dtype: (torch.exp2(torch.arange(-40.0, 41.0)).to(dtype) != 0).double().mean(),
+    ],
+    "no_buffers": [lambda model: dict(model.state_dict()), lambda model: dict(model.named_buffers())],
+    "old_name": [lambda device: torch.autocast("cuda", dtype=torch.bfloat16, enabled=False)],
+    "one_format": [lambda history: broken_code.eight_bits.DelayedScaling(0, history, fp8_format="e5m2")],
+    "poisoned_state": [forgets_the_momentum, lambda model, optimizer, good: model.requires_grad_()],
+    "promoted_sum": [rounds_at_the_end],
+    "raised_scale": [lambda scale: scale, lambda scale: min(scale, 64.0), lambda scale: max(scale, 2048.0)],
+    "scaled_threshold": [lambda norm, scale: "fine", lambda norm, scale: "explodes" if norm / 2**16 > 100 else "fine"],
+    "silent_cpu": [tools_without_a_scale],
+    "spent_generator": [clips_what_is_small_too],
+    "swallowed_error": [lambda layer, x: layer.bfloat16()(x.bfloat16()), lambda layer, x: layer(x)],
+    "tensor_format": [lambda x: f"largest error {(x - x.half()).max().item():.2e}"],
+    "three_reads": [lambda tensors: {k: torch.stack([g.norm(), g.abs().max()]).tolist() for k, g in tensors.items()}],
+    "two_dtypes": [lambda embedding, linear, ids: linear.float()(embedding(ids))],
+    "uncalled_report": [lambda g: [f"{g.numel()} gradients", f"flushed {(g.abs() < 2**-14).double().mean():.0%}"]],
+    "walk_around_zero": [forgets_to_subtract],
+    "wrong_parameters": [steps_copies_of_the_masters],
     "clipped_too_early": [half_clip],
     "cold_start": [lambda gpu, kernel: (kernel(), gpu.perf_counter_ns())[1]],
     "early_optimizer": [lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr)],
@@ -284,6 +405,13 @@ def test_the_timer_measures_what_a_round_takes(durations):
     gpu = SimulatedGPU()
     kernels = [gpu.kernel(str(d), d) for d in durations]
     assert timer(gpu)(*kernels) == pytest.approx(sum(durations), rel=0.01)
+
+
+def test_without_a_gpu_there_is_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with without_gpu():
+        assert not torch.cuda.is_available()
+    assert torch.cuda.is_available()
 
 
 def test_a_timer_without_repeats_or_kernels_is_refused():

@@ -76,11 +76,11 @@ def half_parameters(function: Callable[[int], nn.Module]) -> None:
                 loss = layer(torch.ones(4, size)).mean()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
-            return f"moved by {(before - layer.weight).mean().item():.3g}"
+            return f"{layer.weight.dtype} moved by {(before - layer.weight).mean().item():.3g}"
 
         return told(function(size), words)
 
-    check(train, (((size,), "moved by 0.5") for size in (4, 16)))
+    check(train, (((size,), "torch.float32 moved by 0.5") for size in (4, 16)))
 
 
 def _zoo(depth: int) -> nn.Module:
@@ -134,6 +134,7 @@ def swallowed_error(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
     def output(dtype: torch.dtype) -> object:
         layer = Linear(2, 1, bias=False)
         nn.init.constant_(layer.weight, 0.5)
-        return function(layer, torch.tensor([1.0, 3.0], dtype=dtype))
+        got = function(layer, torch.tensor([1.0, 3.0], dtype=dtype))
+        return told(got, lambda y: y if isinstance(y, str) else f"{y.tolist()} in {y.dtype}")
 
-    check(output, (((dtype,), torch.tensor([2.0])) for dtype in (torch.float32, torch.bfloat16)))
+    check(output, (((dtype,), "[2.0] in torch.float32") for dtype in (torch.float32, torch.bfloat16)))

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from mixprec_lab.checks._verdict import check
 from mixprec_lab.checks.broken_code._told import told, with_warnings
-from mixprec_lab.checks.broken_code.stand_ins import HostReads
+from mixprec_lab.checks.broken_code.stand_ins import HostReads, without_gpu
 from mixprec_lab.loss_scaling import DynamicLossScaler
 
 Tensor, HALF = torch.Tensor, torch.float16
@@ -32,7 +31,8 @@ def old_name(function: Callable[[str], AbstractContextManager]) -> None:
             with context:
                 return _product()
 
-        got, warned = with_warnings(run)
+        with without_gpu():
+            got, warned = with_warnings(run)
         return told(got, lambda dtype: f"product in {dtype}, {warned} warnings")
 
     check(step_on, [(("cpu",), "product in torch.bfloat16, 0 warnings")])
@@ -49,7 +49,7 @@ def silent_cpu(function: Callable[[str], tuple[AbstractContextManager, torch.amp
             scaler.scale(torch.ones(()))
             return f"product in {dtype}, scale {scaler.get_scale():.6g}"
 
-        with patch("torch.cuda.is_available", return_value=False):
+        with without_gpu():
             return told(with_warnings(lambda: function(device))[0], words)
 
     check(tools_on, [(("cpu",), "product in torch.float16, scale 65536")])

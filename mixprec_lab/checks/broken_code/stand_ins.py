@@ -1,4 +1,4 @@
-"""Stand-ins for what a laptop lacks: a counter of host reads, Transformer Engine's interface, and a timer.
+"""Stand-ins for what a machine may lack: a counter of host reads, Transformer Engine, a timer, and no GPU at all.
 
 ``HostReads`` counts the calls that make the host wait for a GPU.  They are the same calls on a CPU, where they cost
 nothing.  ``transformer_engine`` keeps the contracts of the real package that the museum's rooms depend on (2.9 and
@@ -9,7 +9,9 @@ import contextlib
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -30,6 +32,11 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.count += getattr(function, "__name__", "") in _READS
         return function(*args, **(kwargs or {}))
+
+
+def without_gpu() -> AbstractContextManager:
+    """A context in which torch finds no GPU, so that a symptom is the same on every machine."""
+    return patch("torch.cuda.is_available", return_value=False)
 
 
 class DelayedScaling:

@@ -70,12 +70,14 @@ def raw_half_gradient(function: Callable[[Tensor, float], tuple[bool, Tensor]]) 
 
 
 def backward_dtype(function: Callable[[Tensor, Tensor, torch.dtype], torch.dtype]) -> None:
-    """``broken_code``: the dtype in which the gradient arrives at a product that ran under autocast."""
+    """``broken_code``: the dtype in which the gradient arrives at a product under autocast, which leaves FP64 alone."""
 
-    def under(dtype: torch.dtype) -> object:
-        return told(function(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True), dtype), str)
+    def under(dtype: torch.dtype, operands: torch.dtype) -> object:
+        x = torch.ones(2, 2, dtype=operands)
+        return told(function(x, torch.ones_like(x, requires_grad=True), dtype), str)
 
-    check(under, (((dtype,), str(dtype)) for dtype in (BRAIN, HALF)))
+    runs = ((BRAIN, torch.float32, BRAIN), (HALF, torch.float32, HALF), (BRAIN, torch.float64, torch.float64))
+    check(under, (((dtype, operands), str(answer)) for dtype, operands, answer in runs))
 
 
 def missing_case(function: Callable[[str], object]) -> None:
