@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from mixprec_lab.nan_debugging.examine import Examiner
 from mixprec_lab.nan_debugging.findings import Finding, TensorFacts, as_json, report, table
@@ -214,6 +214,17 @@ class NumericalStabilityMonitor(HealthMixin):
     def as_json(self) -> str:
         """All findings as JSON."""
         return as_json(self.findings)
+
+    def gather(self) -> list[tuple[int, Finding]]:
+        """The findings of all ranks of ``torch.distributed``, with the rank; every rank must call it.
+
+        Without an initialized process group: those of this process, as rank 0.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return [(0, f) for f in self.findings]
+        everywhere: list[list[Finding]] = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(everywhere, self.findings)
+        return [(rank, f) for rank, findings in enumerate(everywhere) for f in findings]
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

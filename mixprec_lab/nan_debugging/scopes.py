@@ -17,7 +17,7 @@ from torch import nn
 from mixprec_lab.untouched import untouched
 
 
-@dataclass
+@dataclass(eq=False)
 class OutermostCall:
     """One call of the model from outside: what a replay needs, and what came of it."""
 
