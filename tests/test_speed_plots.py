@@ -60,6 +60,7 @@ def test_rates_come_from_the_record_with_machine_and_date():
     low, high = bars.lines[2][0].get_segments()[0][:, 1]
     assert low == pytest.approx(600 * 1.1 / 1.2) and high == pytest.approx(600 * 1.1 / 1.0)
     assert ax.get_title(loc="left") + ax.get_title() == "NVIDIA H200; torch 2.13; 2026-11-26"
+    assert ax.get_ylim() == pytest.approx((400, 900))
 
 
 def test_published_dots_and_modelled_bars():

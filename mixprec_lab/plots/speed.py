@@ -82,10 +82,11 @@ def amdahl_curves(speedups: Sequence[float], ax: "Axes | None" = None) -> "Axes"
 def matmul_rates(record: Mapping[str, Any], ax: "Axes | None" = None) -> "Axes":
     """Measured TFLOP/s of square products against their size, one line a dtype, from a record; quartiles as bars.
 
-    The title says on what machine and when.
+    The title says on what machine and when.  The frame holds the medians; the bar of a disturbed size may leave it.
     """
     ax = axes(ax)
     rows = record["sections"]["matmul"]["rows"]
+    ax.set_ylim(min(row["teraflops"] for row in rows) / 1.5, max(row["teraflops"] for row in rows) * 1.5)
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         mine = [row for row in rows if row["dtype"] == dtype]
         sizes, rates = [row["shape"][0] for row in mine], [row["teraflops"] for row in mine]
