@@ -130,3 +130,17 @@ def test_scale_chase_draws_what_fits_what_is_lost_and_what_is_flushed():
 def test_accumulator_errors_are_drawn_over_the_length_of_the_sum():
     ax = plots.accumulator_errors([64, 128], {"14 bits": [1e-3, 2e-3]})
     assert list(ax.get_lines()[0].get_xdata()) == [64, 128] and list(ax.get_lines()[0].get_ydata()) == [1e-3, 2e-3]
+
+
+def test_the_decision_tree_holds_every_question_and_the_history_marks_bad_steps():
+    texts = [t.get_text() for t in plots.decision_tree().axes[0].texts]
+    assert "parameters\nfinite?" in texts and "order of calls,\nstate, schedule" in texts and texts.count("yes") == 7
+    report = {"loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0, "issues": []}
+    reports = [report | {"step": 0}, report | {"step": 1, "loss": float("nan"), "issues": ["bad"]}]
+    loss = plots.health_history(reports).axes[0]
+    assert loss.get_lines()[0].get_ydata()[0] == 1.0 and list(loss.get_lines()[1].get_xdata()) == [1, 1]
+
+
+def test_detection_bars_are_shares_in_percent():
+    ax = plots.detection_bars([("ours", 1.0, 0.9, 0.5), ("theirs", 0.25, 0.0, 0.0)])
+    assert [round(bar.get_width()) for bar in ax.patches] == [100, 90, 50, 25, 0, 0]

@@ -19,6 +19,7 @@ from mixprec_lab.checks.master_weights import (
     unscaled_step,
 )
 from mixprec_lab.checks.memory import adapter_states, largest_batch, saved_once, sharded_states
+from mixprec_lab.checks.nan_debugging import first_bad_module, guarded_step, masked_softmax, rms_norm, safe_log
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
 from mixprec_lab.checks.speed import drift_free_ratio, honest_ratio, kernel_time, ridge_tokens, share_of_step
 
@@ -33,17 +34,20 @@ __all__ = [
     "dequantized",
     "drift_free_ratio",
     "exact_from",
+    "first_bad_module",
     "first_lost_integer",
     "first_lost_ratio",
     "flushed_share",
     "fp8_product",
     "fp16_tools",
     "fresh_casts",
+    "guarded_step",
     "honest_ratio",
     "kahan_bf16",
     "kernel_time",
     "largest_batch",
     "logits_loss",
+    "masked_softmax",
     "moving_average",
     "mx_scale",
     "next_scale",
@@ -53,6 +57,8 @@ __all__ = [
     "reports_overflow",
     "resumed_scale",
     "ridge_tokens",
+    "rms_norm",
+    "safe_log",
     "saturating_cast",
     "saved_once",
     "scaled_loss",

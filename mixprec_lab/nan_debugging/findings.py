@@ -106,7 +106,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "scheduler_on_skipped_step": ("optimizer",
         "step the scheduler only when the optimizer has stepped: compare the scale before and after update()"),
     "scaler_state_not_restored": ("checkpoint", "save and load scaler.state_dict() with the model and the optimizer"),
-    "scale_not_representable": ("backward", "return the loss in FP32: loss.float() before scaler.scale"),
+    "scale_not_representable": ("backward", "compute the loss in FP32: cast the output before the reduction"),
     "fp16_overflow": ("forward", "compute this operation in FP32, scale its input down, or use BF16"),
     "log_of_zero": ("forward",
         "use log_softmax or cross_entropy on the logits, or clamp the argument away from zero"),

@@ -11,6 +11,7 @@ from mixprec_lab.plots.fp8 import accumulator_errors, scale_chase
 from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
+from mixprec_lab.plots.nan_debugging import decision_tree, detection_bars, health_history
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
 from mixprec_lab.plots.speed import (
     PART_COLOURS,
@@ -36,10 +37,13 @@ __all__ = [
     "bits_and_errors",
     "block_shapes",
     "colour",
+    "decision_tree",
+    "detection_bars",
     "error_against_magnitude",
     "exponent_histogram",
     "gradient_scale",
     "gradient_windows",
+    "health_history",
     "losses",
     "matmul_rates",
     "memory_bars",
