@@ -55,7 +55,10 @@ def safe_log(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         zero = torch.zeros_like(x)
         return _words(torch.where(good, safe.log(), zero)), _words(torch.where(good, 1 / safe, zero))
 
-    check(lambda values: _joined(value_and_gradient(values)), [((v,), _joined(told(v))) for v in _VALUES])
+    def safe_log(values: list[float]) -> object:
+        return _joined(value_and_gradient(values))
+
+    check(safe_log, [((v,), _joined(told(v))) for v in _VALUES])
 
 
 _VALUES = ([1.0, 2.0, 0.5], [0.0, 4.0], [-1.0, 0.0, 1e-20])
