@@ -15,6 +15,7 @@ from ipywidgets.embed import embed_data
 from mixprec_lab.exhibits import (
     AutocastMicroscope,
     BitExplorer,
+    Clinic,
     LossScaleLab,
     LostUpdateMap,
     MemoryCalculator,
@@ -192,6 +193,13 @@ SAMPLES = {
         {"hardware": "v100", "task": "gan", "priority": "speed"},
     ),
     "museum": Sample(lambda: Museum(name="rooms"), ("theme", "level"), {"theme": "repair", "level": "3"}),
+    "clinic": Sample(
+        lambda: Clinic(("nan_in_input", "scaler_calibration", "clip_before_unscale"), name="ward"),
+        ("patient", "step", "ordered", "diagnosis", "place", "phase"),
+        {"patient": "2", "step": 39, "ordered": "scaler,cheap", "diagnosis": "none", "phase": "revealed"},
+        mouse={},
+        heavy=lambda: Clinic(("stale_amax", "scaler_state_not_restored"), name="ward"),
+    ),
     "one-tensor": Sample(
         lambda: OneTensorEveryScheme(name="one"),
         ("distribution", "outlier", "frequency", "place", "rule", "axis", "scheme"),

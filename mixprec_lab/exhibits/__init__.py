@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AutocastMicroscope": "autocast_microscope",
     "BitExplorer": "bit_explorer",
+    "Clinic": "clinic",
     "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
     "MemoryCalculator": "memory_calculator",
@@ -43,6 +44,7 @@ _HOMES = {
 __all__ = [
     "AutocastMicroscope",
     "BitExplorer",
+    "Clinic",
     "LossScaleLab",
     "LostUpdateMap",
     "MemoryCalculator",

@@ -32,6 +32,7 @@ const answers = {
   },
   "precision-chooser": () => (state) => js.texts(state, traits),
   museum: () => (state) => js.texts(state, traits),
+  clinic: () => (state) => js.texts(state, traits),
   "one-tensor": () => (state) => {
     const { tensor, found, shown, ...rest } = js.compute(state, traits);
     return { texts: js.texts({ tensor, found, shown, ...rest }, state), x: Array.from(tensor.x), hit: Array.from(tensor.hit),
