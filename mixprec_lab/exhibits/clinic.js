@@ -7,7 +7,7 @@ const KEYS = ["patient", "step", "ordered", "diagnosis", "place", "phase"];
 const FAMILY = 60, PLACE = 40, UNKNOWN = "?", MOST_STEPS = 256;
 const HIDDEN = "Make a diagnosis first.";
 const CURVES = [["loss", "Loss"], ["gradient_norm", "Gradient norm"], ["scale", "Loss scale"], ["flushed", "Zero in FP16"],
-  ["bad_gradients", "Bad gradients"], ["bad_parameters", "Bad parameters"]];
+  ["bad_gradients", "NaN/inf gradients"], ["bad_parameters", "NaN/inf weights"]];
 const ANSWERS = [["answer", "Answer"], ["cure", "Cure"], ["twin", "Repaired twin"], ["way", "Specialist"]];
 
 export const orderedOf = ({ ordered }) => (ordered ? ordered.split(",") : []);
@@ -191,7 +191,9 @@ function render({ model, el }) {
   const choose = diagnosisOf(data, set), picked = drawing(HEIGHT, () => paint());
   const order = (key) => {
     const done = orderedOf(state());
-    if (state().phase === "open" && !done.includes(key)) set({ ordered: [...done, key].join(",") });
+    if (state().phase === "revealed" || done.includes(key)) return;
+    set({ ordered: [...done, key].join(",") });
+    exams.scrollTop = rows[key].node.offsetTop; // what it said may stand below the edge of the box
   };
   const rows = Object.fromEntries(data.choices.examinations.map((entry) => [entry[0], examinationRow(entry, order)]));
   const act = button("Diagnose", () => set(state().phase === "open" ? { phase: "revealed" } : FRESH), { "data-action": "diagnose" });
@@ -202,11 +204,11 @@ function render({ model, el }) {
   for (const [key, row] of Object.entries(rows)) fields[`exam-${key}`] = row.said;
   const box = (label, ...inside) => h("div", { class: "mpl-scroll mpl-tall", role: "group", tabindex: 0, "aria-label": label }, ...inside);
   const heading = (text) => h("p", { class: "mpl-part-name" }, text);
+  const exams = box("Examinations and what they said", h("ul", { class: "mpl-exams" }, ...Object.values(rows).map((row) => row.node)));
   const root = frame({ model, el, kind: "clinic", title: "The clinic",
     hint: "Each patient is a recorded run. Its curves are free, examinations cost points. Find what is wrong, and where. Some patients are healthy." },
   h("div", { class: "mpl-controls" }, patient.node, step.node), fields.history, legend(), picked.node, now.node,
-  heading("Examinations"), box("Examinations and what they said", h("ul", { class: "mpl-exams" }, ...Object.values(rows).map((row) => row.node))),
-  h("div", { class: "mpl-side mpl-diagnosis" }, choose.diagnosis.node, choose.place.node), h("div", { class: "mpl-row" }, act), fields.verdict,
+  heading("Examinations"), exams, h("div", { class: "mpl-side" }, choose.diagnosis.node, choose.place.node), h("div", { class: "mpl-row" }, act), fields.verdict,
   heading("Answer"), box("The answer, the monitor's report, and the way of a specialist", answers.node, heading("The monitor's report"), fields.report));
   paint();
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, CHECKS(data))) });

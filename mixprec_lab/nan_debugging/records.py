@@ -40,13 +40,13 @@ HEALTHY_STEPS = 40  # of 200: enough to see a scale settle
 #: what may be wrong, in the words of a diagnosis
 FAMILIES: Mapping[str, str] = MappingProxyType(
     {
-        "overflow": "overflow: a value too large for its format",
-        "underflow": "underflow: values too small for their format become zero",
-        "data": "bad data: the batch is wrong before the model sees it",
-        "operation": "bad operation: a function or a slope undefined at its argument",
-        "order": "order of calls: one is missing, early, late or doubled",
-        "state": "stale state: something from before was lost, or kept too long",
-        "lost": "lost updates: what is added is below half a gap, and vanishes",
+        "overflow": "overflow: too large for the format",
+        "underflow": "underflow: too small for the format",
+        "data": "bad data: the batch itself is wrong",
+        "operation": "bad operation: undefined at its argument",
+        "order": "order of calls: missing, early or late",
+        "state": "stale state: lost, or kept too long",
+        "lost": "lost updates: added, and nothing moved",
         "none": "nothing is wrong",
     }
 )
@@ -57,7 +57,7 @@ PLACES: Mapping[str, str] = MappingProxyType(
         "data": "in the batch",
         "forward": "in the forward pass",
         "backward": "in the loss scaling or the backward pass",
-        "optimizer": "between the gradients and the end of the step",
+        "optimizer": "at clipping or the optimizer's step",
         "checkpoint": "in saving and loading",
         "none": "nowhere",
     }
@@ -188,7 +188,6 @@ def family_of(fault_class: str) -> str:
     return _FAMILY_OF[fault_class]
 
 
-@functools.cache
 def record(fault: Fault | str, seed: int = 0, repaired: bool = False) -> PatientRecord:
     """The record of a fault, of its repaired twin, or of a healthy run (its first 40 steps), by name or as a Fault.
 
@@ -198,10 +197,17 @@ def record(fault: Fault | str, seed: int = 0, repaired: bool = False) -> Patient
     """
     if isinstance(fault, str):
         if fault in HEALTHY:
-            return _healthy(fault, seed, repaired)
+            if repaired:
+                raise ValueError(f"expected repaired=False for {fault!r}, got True: a healthy run has no repaired twin")
+            return _healthy(fault, seed)
         if fault not in FAULTS:
             raise KeyError(f"expected the name of a fault or of a healthy run, got {fault!r}: see FAULTS and HEALTHY")
         fault = FAULTS[fault]
+    return _of_fault(fault, seed, repaired)
+
+
+@functools.cache
+def _of_fault(fault: Fault, seed: int, repaired: bool) -> PatientRecord:
     with device.one_thread():
         found = _recorded(lambda: fault.build(seed, repaired), seed, None if repaired else fault)
     if repaired:
@@ -210,15 +216,11 @@ def record(fault: Fault | str, seed: int = 0, repaired: bool = False) -> Patient
     return replace(found, name=fault.name, title=fault.title, step=fault.step, cure=fault.cure, **truth)
 
 
-def _healthy(name: str, seed: int, repaired: bool) -> PatientRecord:
-    if repaired:
-        raise ValueError(f"expected repaired=False for {name!r}, got True: a healthy run has no repaired twin")
-
-    def build() -> Run:
-        return replace(HEALTHY[name](seed), steps=HEALTHY_STEPS)
-
+@functools.cache
+def _healthy(name: str, seed: int) -> PatientRecord:
     with device.one_thread():
-        return replace(_recorded(build, seed, None), name=name, title=f"a healthy run: {name.replace('_', ' ')}")
+        found = _recorded(lambda: replace(HEALTHY[name](seed), steps=HEALTHY_STEPS), seed, None)
+    return replace(found, name=name, title=f"a healthy run: {name.replace('_', ' ')}")
 
 
 def _recorded(build: Callable[[], Run], seed: int, fault: Fault | None) -> PatientRecord:

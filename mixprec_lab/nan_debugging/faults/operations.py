@@ -319,7 +319,7 @@ def where_trap_hides_nan(seed: int, repaired: bool) -> Run:
 
 
 @fault(
-    "The same trap under a scaler: the loss stays finite, every step is skipped, the scale falls for ever",
+    "torch.where(x > 0, log(x), 0) under a scaler: the loss stays finite, the scale falls for ever",
     "where_trap", "backward", silent=True,
     modules=("safe",), operations=(r"\blog\b", "^LogBackward", r"\bdiv"),
     cure="a second where inside: torch.where(m, x, 1).log(); no loss scale helps",
