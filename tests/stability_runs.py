@@ -135,7 +135,7 @@ RUNS = {
     ),
     "fused adamw": lambda: Run(one(lambda p: optim.AdamW(p, lr=0.01, fused=True)), grad_scaler),
     "tensor learning rate": lambda: Run(one(lambda p: optim.Adam(p, lr=torch.tensor(0.01)))),
-    "adafactor, one cycle": lambda: Run(
+    "adafactor": lambda: Run(
         one(lambda p: optim.Adafactor(p, lr=0.01)), None, each(lambda o: lr.LinearLR(o, total_iters=7))
     ),
     "one cycle": lambda: Run(

@@ -243,12 +243,15 @@ def _all_parameters(parts: Parts) -> list[torch.Tensor]:
 def _watched(parts: Parts, infinite_buffers: Mapping[str, int]) -> list[tuple[str, torch.Tensor, int]]:
     """Every floating-point tensor that a step leaves behind: its name, itself, and the infinities that it may have."""
     names = {parameter: name for name, parameter in parts.model.named_parameters()}
-    found = [(f"parameter {names.get(p, f'(master {i})')}", p, 0) for i, p in enumerate(_all_parameters(parts))]
+    for optimizer in parts.optimizers:
+        for name, master in getattr(optimizer, "named_masters", dict)().items():
+            names.setdefault(master, f"{name} (master)")
+    found = [(f"parameter {names.get(p, '')}", p, 0) for p in _all_parameters(parts)]
     found += [(f"buffer {n}", b, infinite_buffers.get(n, 0)) for n, b in parts.model.named_buffers()]
     for optimizer in parts.optimizers:
-        for i, (parameter, entry) in enumerate(optimizer.state.items()):
-            owner = names.get(parameter, f"(master {i})") if isinstance(parameter, torch.Tensor) else parameter
+        for parameter, entry in optimizer.state.items():
             if isinstance(entry, Mapping):
+                owner = names.get(parameter, "a parameter")
                 found += [(f"{key} of {owner}", t, 0) for key, t in entry.items() if isinstance(t, torch.Tensor)]
     return [(n, t, allowed) for n, t, allowed in found if (t.is_floating_point() or t.is_complex()) and t.numel()]
 
