@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mixprec_lab.fp8 import DelayedScaling, FP8Linear
 from mixprec_lab.loss_scaling import DynamicLossScaler, StaticLossScaler
-from mixprec_lab.master_weights import MasterWeightOptimizer
+from mixprec_lab.master_weights import BF16AdamW, MasterWeightOptimizer
 from mixprec_lab.nan_debugging.fixer import NumericalStabilityFixer
 
 optim, lr = torch.optim, torch.optim.lr_scheduler
@@ -15,6 +16,13 @@ optim, lr = torch.optim, torch.optim.lr_scheduler
 
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def fp8_network() -> nn.Sequential:
+    recipe = DelayedScaling(amax_history_len=4)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), FP8Linear(16, 16, recipe=recipe), nn.Dropout(0.2), nn.Linear(16, 3)
+    )
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -29,10 +37,12 @@ def grad_scaler(**settings) -> torch.amp.GradScaler:
 class Run:
     """A training run that draws from every generator there is."""
 
-    def __init__(self, make_optimizers, make_scaler=None, make_schedulers=None, *, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self, make_optimizers, make_scaler=None, make_schedulers=None, *, dtype=torch.float32, device="cpu", build=None
+    ):
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(0)
-        self.model = network().to(device=device, dtype=dtype)
+        self.model = (build or network)().to(device=device, dtype=dtype)
         self.device, self.dtype = device, dtype
         self.optimizers = make_optimizers(self.model)
         self.scaler = make_scaler() if make_scaler else None
@@ -148,6 +158,12 @@ RUNS = {
     "several": lambda: Run(two, grad_scaler, each(lambda o: lr.LambdaLR(o, lambda t: 1 / (1 + t)))),
     "own scaler": lambda: Run(two, lambda: DynamicLossScaler(256.0, scale_window=3), each(lambda o: lr.StepLR(o, 4))),
     "static scaler": lambda: Run(two, lambda: StaticLossScaler(8.0)),
+    "stochastic rounding": lambda: Run(one(lambda p: BF16AdamW(p, lr=0.01)), dtype=torch.bfloat16),
+    "stochastic rounding, own generator": lambda: Run(
+        one(lambda p: BF16AdamW(p, lr=0.01, generator=torch.Generator().manual_seed(3))), dtype=torch.bfloat16
+    ),
+    "kahan": lambda: Run(one(lambda p: BF16AdamW(p, lr=0.01, update="kahan")), dtype=torch.bfloat16),
+    "fp8, delayed scaling": lambda: Run(one(lambda p: optim.AdamW(p, lr=0.01)), grad_scaler, build=fp8_network),
     "wide state": lambda: Run(one(WideAdam), dtype=torch.bfloat16),
     "masters": lambda: Run(
         lambda m: [MasterWeightOptimizer(optim.AdamW(m.parameters(), lr=0.01, fused=True), m)],

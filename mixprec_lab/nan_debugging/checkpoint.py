@@ -137,7 +137,9 @@ def forget_step(parts: Parts) -> None:
     scaler = parts.scaler
     if not isinstance(scaler, torch.amp.GradScaler):
         if scaler is not None:
-            scaler._begin()
+            state = scaler_state(scaler)
+            scaler.update_scale(False)  # closes the step, as a monitor sees; what it counted is taken back
+            scaler.load_state_dict(state)
     elif scaler.is_enabled():
         device = next(parts.model.parameters()).device
         scaler.scale(torch.ones((), device=device))  # it has a scale to update only once it has scaled something
