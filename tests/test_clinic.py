@@ -1,6 +1,7 @@
 """The clinic: JavaScript says what Python says, scores by hand, a reveal that is the monitor's report, by keyboard."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from widget_page import assert_page_is_python, said
 
 from mixprec_lab.exhibits import Clinic
 from mixprec_lab.exhibits.clinic import WARD
+from mixprec_lab.nan_debugging.drawn import DRAWN, SPIKE_STEP, draw
 from mixprec_lab.nan_debugging.faults import FAULTS
 from mixprec_lab.nan_debugging.records import EXAMINATIONS, FAMILIES, MARKS, PLACES, record
 
@@ -21,28 +23,30 @@ REVEALED = ("answer", "report", "cure", "twin", "way")
 
 def states(number: int) -> list[dict]:
     """Random states, and every patient before and after an empty diagnosis."""
-    draw, drawn = random.Random(0), []
+    dice, drawn = random.Random(0), []
     for _ in range(number):
-        ordered = draw.sample(list(EXAMINATIONS), draw.randint(0, len(EXAMINATIONS)))
+        ordered = dice.sample(list(EXAMINATIONS), dice.randint(0, len(EXAMINATIONS)))
         drawn.append(
             {
-                "patient": str(draw.randint(1, len(WARD))),
-                "step": draw.randint(0, 60),
+                "patient": dice.choice([*map(str, range(1, len(WARD) + 1)), *["own"] * 8]),
+                "step": dice.randint(0, 60),
                 "ordered": ",".join(ordered),
-                "diagnosis": draw.choice(["?", *FAMILIES]),
-                "place": draw.choice(["?", *PLACES]),
-                "phase": draw.choice(["open", "revealed"]),
+                "diagnosis": dice.choice(["?", *FAMILIES]),
+                "place": dice.choice(["?", *PLACES]),
+                "phase": dice.choice(["open", "revealed"]),
             }
+            | {key: dice.choice(list(options)) for key, options in DRAWN.items()}
         )
     plain = {"step": 255, "ordered": "", "diagnosis": "?", "place": "?"}
     every = [str(i + 1) for i in range(len(WARD))]
+    plain |= {key: next(iter(options)) for key, options in DRAWN.items()}
     return drawn + [plain | {"patient": p, "phase": phase} for p in every for phase in ("open", "revealed")]
 
 
 def test_javascript_says_what_python_says(tmp_path):
     shown, wanted = Clinic(), states(200)
     (tmp_path / "module.mjs").write_text(shown._esm, "utf-8")
-    traits = {"ward": shown.ward, "choices": shown.choices}
+    traits = {"ward": shown.ward, "drawn": shown.drawn, "choices": shown.choices}
     run_node("states.mjs", tmp_path, {"kind": KIND, "traits": traits, "states": wanted})
     answers = json.loads((tmp_path / "answers.json").read_text("utf-8"))
     for state, words in zip(wanted, answers, strict=True):
@@ -136,7 +140,8 @@ def test_a_fault_of_ones_own_is_a_patient():
     ("key", "value"),
     [
         ("patient", "4"), ("patient", "0"), ("patient", ""), ("step", -1), ("step", 256), ("ordered", "loss,loss"),
-        ("ordered", "xray"), ("ordered", "loss,"), ("diagnosis", "flu"), ("place", "left"), ("phase", "over"),
+        ("ordered", "xray"), ("ordered", "loss,"), ("rate", "1"), ("precision", "fp8"), ("scaler", "yes"),
+        ("spike", ""), ("diagnosis", "flu"), ("place", "left"), ("phase", "over"),
     ],
 )  # fmt: skip
 def test_a_state_out_of_range_is_refused_and_changes_nothing(key, value):
@@ -158,6 +163,43 @@ def test_wards_without_patients_and_with_unknown_ones_are_refused():
 
 def test_the_name_of_the_links_does_not_depend_on_what_was_recorded():
     assert Clinic(SMALL).name == Clinic(SMALL[:1]).name != Clinic(SMALL, patient="2").name
+
+
+def test_a_scaler_survives_the_spike_that_kills_an_fp16_run_without_one():
+    with_one, without = (draw("0.1", "fp16", scaler, "on") for scaler in ("on", "off"))
+    assert [i for i, loss in enumerate(with_one.loss) if not math.isfinite(loss)] == [SPIKE_STEP]
+    assert not any(with_one.bad_parameters) and with_one.loss[-1] < with_one.loss[0]
+    assert [math.isfinite(loss) for loss in without.loss] == [True] * SPIKE_STEP + [False] * (12 - SPIKE_STEP)
+    assert without.bad_parameters[SPIKE_STEP:] == (676,) * (12 - SPIKE_STEP)
+
+
+def test_without_a_spike_a_gentle_rate_trains_in_fp32_and_is_lost_in_bf16_weights():
+    kinds = {key: draw("0.001", key, "off", "off").results["cheap"].text for key in DRAWN["precision"]}
+    assert kinds["fp32"] == kinds["fp16"] == "no findings" and "update_swamping" in kinds["bf16"]
+    assert draw("0.1", "bf16", "off", "off").results["cheap"].text == "no findings"
+    assert "exploding_lr" in draw("100", "fp32", "off", "off").results["cheap"].text
+
+
+def test_a_drawn_patient_is_not_scored_and_its_examinations_are_not_judged():
+    shown = Clinic(SMALL, patient="own", scaler="off", ordered="loss", diagnosis="none", place="none", phase="revealed")
+    words = shown.result()
+    assert words["verdict"] == "You drew this one, so nothing is scored. The monitor's report stands below."
+    assert words["exam-loss"].startswith("It is not judged: you drew this run.\nStep 6: the loss is nan.")
+    assert words["report"] == draw("0.1", "fp16", "off", "on").results["cheap"].text
+    assert (
+        words["answer"] == "SGD with learning rate 0.1, FP16 autocast, scaler none, spike batch of step 6 times 100000."
+    )
+    assert words["way"] == "Nothing is scored." and shown.score() == 0
+    assert (
+        Clinic(SMALL, patient="own", rate="0.1", spike="off", phase="revealed").result()["cure"].startswith("None is")
+    )
+
+
+def test_choices_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ValueError, match=r"expected rate to be one of 0.001, 0.1, 100, got '1'"):
+        draw("1", "fp16", "on", "on")
+    with pytest.raises(traitlets.TraitError, match="expected patient to be one of 1, 2, 3, got 'own'"):
+        Clinic(SMALL, own=False, patient="own")
 
 
 def order(visit, key: str):
@@ -227,6 +269,38 @@ def test_what_an_examination_said_is_in_sight(pages, width):
             visit.page.get_by_label("Examinations and what they said").bounding_box(),
         )
         assert box["y"] <= row["y"] and row["y"] + 16 <= box["y"] + box["height"], key
+
+
+def test_a_patient_is_drawn_and_examined_while_its_choices_change(pages):
+    visit = pages([Clinic(SMALL, name="ward")])
+    page, precision = visit.page, visit.page.get_by_label("Precision", exact=True)
+    assert precision.is_disabled()
+    page.get_by_label("Patient", exact=True).select_option("own")
+    assert precision.is_enabled() and page.get_by_label("What is wrong").is_disabled()
+    order(visit, "cheap").press("Enter")
+    state = {"patient": "own", "ordered": "cheap"}
+    for label, key, value in (
+        ("Precision", "precision", "bf16"),
+        ("Learning rate", "rate", "0.001"),
+        ("Spike", "spike", "off"),
+    ):
+        page.get_by_label(label, exact=True).select_option(value)
+        state[key] = value
+        assert said(visit) == Clinic(SMALL, **state).result()
+    assert "update_swamping" in said(visit)["exam-cheap"]
+    page.get_by_label("Scaler", exact=True).select_option("off")
+    assert_page_is_python(KIND, visit)
+    page.locator("[data-action=diagnose]").press("Enter")
+    assert said(visit) == Clinic(SMALL, **state, scaler="off", phase="revealed").result()
+    page.get_by_label("Precision", exact=True).select_option("fp32")
+    assert "no findings" in said(visit)["report"]
+    assert visit.problems == {}
+
+
+def test_a_ward_without_drawn_patients_offers_none(pages):
+    visit = pages([Clinic(SMALL, own=False, name="ward")])
+    assert visit.page.get_by_label("Patient", exact=True).locator("option").count() == 3
+    assert visit.problems == {}
 
 
 def test_the_drawing_shows_the_twin_and_the_step_only_after_the_diagnosis(pages):

@@ -195,9 +195,9 @@ SAMPLES = {
     "museum": Sample(lambda: Museum(name="rooms"), ("theme", "level"), {"theme": "repair", "level": "3"}),
     "clinic": Sample(
         lambda: Clinic(("nan_in_input", "scaler_calibration", "clip_before_unscale"), name="ward"),
-        ("patient", "step", "ordered", "diagnosis", "place", "phase"),
+        ("patient", "step", "ordered", "diagnosis", "place", "phase", "rate", "precision", "scaler", "spike"),
         {"patient": "2", "step": 39, "ordered": "scaler,cheap", "diagnosis": "none", "phase": "revealed"},
-        mouse={},
+        mouse={"Patient": "own"},
         heavy=lambda: Clinic(("stale_amax", "scaler_state_not_restored"), name="ward"),
     ),
     "one-tensor": Sample(

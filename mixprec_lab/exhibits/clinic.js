@@ -3,7 +3,8 @@
 import { percent, significant } from "./text.js";
 import { button, checked, drawing, facts, follow, frame, h, links, oneOf, select, slider, svg, whole, write } from "./ui.js";
 
-const KEYS = ["patient", "step", "ordered", "diagnosis", "place", "phase"];
+const DRAWN = ["rate", "precision", "scaler", "spike"], OWN = "own";
+const KEYS = ["patient", "step", "ordered", "diagnosis", "place", "phase", ...DRAWN];
 const FAMILY = 60, PLACE = 40, UNKNOWN = "?", MOST_STEPS = 256;
 const HIDDEN = "Make a diagnosis first.";
 const CURVES = [["loss", "Loss"], ["gradient_norm", "Gradient norm"], ["scale", "Loss scale"], ["flushed", "Zero in FP16"],
@@ -11,7 +12,8 @@ const CURVES = [["loss", "Loss"], ["gradient_norm", "Gradient norm"], ["scale", 
 const ANSWERS = [["answer", "Answer"], ["cure", "Cure"], ["twin", "Repaired twin"], ["way", "Specialist"]];
 
 export const orderedOf = ({ ordered }) => (ordered ? ordered.split(",") : []);
-const patientOf = (state, { ward }) => ward[Number(state.patient) - 1];
+const patientOf = (state, { ward, drawn }) =>
+  (state.patient === OWN ? drawn[DRAWN.map((key) => state[key]).join(" ")] : ward[Number(state.patient) - 1]);
 const stepsOf = (one) => one.curves.loss.length;
 const marked = (state, one) => Math.min(state.step, stepsOf(one) - 1);
 
@@ -21,14 +23,17 @@ function spentOf(state, { choices }) {
 }
 
 function scoreText(state, data, one) {
+  if (state.patient === OWN) return "You drew this one, so nothing is scored. The monitor's report stands below.";
   const family = state.diagnosis === one.family, place = state.place === one.place, spent = spentOf(state, data);
   const score = Math.max(0, FAMILY * family + PLACE * place - spent), word = (right) => (right ? "right" : "wrong");
   return `The diagnosis is ${word(family)}, the place is ${word(place)}; ${spent} points went into examinations. Score: ${score} of 100.`;
 }
 
 function openText(state, data) {
+  if (!state.ordered && state.patient === OWN) return "Nothing is ordered yet. You drew this one: choose, read, and order what you like.";
   if (!state.ordered) return "Nothing is ordered yet. Read the curves, order what you need, and make a diagnosis.";
   const last = orderedOf(state).at(-1), [, title] = data.choices.examinations.find(([key]) => key === last), spent = spentOf(state, data);
+  if (state.patient === OWN) return `Ordered: ${title}. Nothing is scored.`;
   return `Ordered: ${title}. ${spent} points are spent; the best that is left is ${Math.max(0, 100 - spent)}.`;
 }
 
@@ -157,9 +162,12 @@ function orders(examinations) {
   };
 }
 
-const CHECKS = ({ ward, choices }) => {
-  const keys = (list) => list.map(([key]) => key);
-  return { patient: oneOf(ward.map((_, i) => String(i + 1))), step: whole(0, MOST_STEPS - 1), ordered: orders(keys(choices.examinations)),
+const patientsOf = ({ ward, drawn }) => [...ward.map((_, i) => String(i + 1)), ...(Object.keys(drawn).length ? [OWN] : [])];
+
+const CHECKS = (data) => {
+  const { choices } = data, keys = (list) => list.map(([key]) => key);
+  const own = Object.fromEntries(choices.own.map(([key, options]) => [key, oneOf(keys(options))]));
+  return { ...own, patient: oneOf(patientsOf(data)), step: whole(0, MOST_STEPS - 1), ordered: orders(keys(choices.examinations)),
     diagnosis: oneOf([UNKNOWN, ...keys(choices.families)]), place: oneOf([UNKNOWN, ...keys(choices.places)]),
     phase: oneOf(["open", "revealed"]) };
 };
@@ -167,27 +175,34 @@ const CHECKS = ({ ward, choices }) => {
 const FRESH = { ordered: "", diagnosis: UNKNOWN, place: UNKNOWN, phase: "open" };
 
 function render({ model, el }) {
-  const data = { ward: model.get("ward"), choices: model.get("choices") };
+  const data = { ward: model.get("ward"), drawn: model.get("drawn"), choices: model.get("choices") };
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   const paint = () => {
     const now = state(), one = patientOf(now, data), said = texts(now, data), revealed = now.phase === "revealed";
+    const own = now.patient === OWN;
     patient.show(now.patient);
+    for (const [key, control] of Object.entries(draw)) {
+      control.show(now[key]);
+      control.field.disabled = !own;
+    }
     step.field.max = stepsOf(one) - 1;
     step.show(marked(now, one));
     for (const [key, control] of Object.entries(choose)) {
       control.show(now[key]);
-      control.field.disabled = revealed;
+      control.field.disabled = revealed || own;
     }
     for (const [key, row] of Object.entries(rows)) row.show(orderedOf(now).includes(key), revealed);
     for (const [key, text] of Object.entries(said)) write(fields[key], text);
-    write(act, revealed ? "Try again" : "Diagnose");
-    act.disabled = !revealed && (now.diagnosis === UNKNOWN || now.place === UNKNOWN);
+    write(act, revealed ? "Try again" : own ? "Reveal" : "Diagnose");
+    act.disabled = !revealed && !own && (now.diagnosis === UNKNOWN || now.place === UNKNOWN);
     picked.show(`Patient ${now.patient}: loss, gradient norm, loss scale, and counts over ${stepsOf(one)} steps. ${said.history}`,
       (width) => picture(one, now, width));
   };
   const { update: set, stop } = follow(model, KEYS, paint);
-  const patient = select("Patient", data.ward.map((_, i) => [String(i + 1), `${i + 1}`]), (v) => set({ patient: v, step: 0, ...FRESH }));
+  const patient = select("Patient", patientsOf(data).map((key) => [key, key === OWN ? "draw your own" : key]), (v) => set({ patient: v, step: 0, ...FRESH }));
   const step = slider("Step", { min: 0, max: MOST_STEPS - 1, name: "step" }, String, (v) => set({ step: v }));
+  const titles = { rate: "Learning rate", precision: "Precision", scaler: "Scaler", spike: "Spike" };
+  const draw = Object.fromEntries(data.choices.own.map(([key, options]) => [key, select(titles[key], options, (v) => set({ [key]: v }))]));
   const choose = diagnosisOf(data, set), picked = drawing(HEIGHT, () => paint());
   const order = (key) => {
     const done = orderedOf(state());
@@ -207,7 +222,8 @@ function render({ model, el }) {
   const exams = box("Examinations and what they said", h("ul", { class: "mpl-exams" }, ...Object.values(rows).map((row) => row.node)));
   const root = frame({ model, el, kind: "clinic", title: "The clinic",
     hint: "Each patient is a recorded run. Its curves are free, examinations cost points. Find what is wrong, and where. Some patients are healthy." },
-  h("div", { class: "mpl-controls" }, patient.node, step.node), fields.history, legend(), picked.node, now.node,
+  h("div", { class: "mpl-controls" }, patient.node, step.node),
+  h("div", { class: "mpl-controls mpl-own" }, ...Object.values(draw).map((control) => control.node)), fields.history, legend(), picked.node, now.node,
   heading("Examinations"), exams, h("div", { class: "mpl-side" }, choose.diagnosis.node, choose.place.node), h("div", { class: "mpl-row" }, act), fields.verdict,
   heading("Answer"), box("The answer, the monitor's report, and the way of a specialist", answers.node, heading("The monitor's report"), fields.report));
   paint();

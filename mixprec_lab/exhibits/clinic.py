@@ -1,5 +1,6 @@
 """The clinic: a recorded run is the patient; read its curves, order examinations, make a diagnosis."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +9,7 @@ import traitlets as t
 
 from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
 from mixprec_lab.exhibits._text import percent, shortest, significant
+from mixprec_lab.nan_debugging.drawn import DRAWN, draw
 from mixprec_lab.nan_debugging.faults import HEALTHY, Fault
 from mixprec_lab.nan_debugging.records import EXAMINATIONS, FAMILIES, MARKS, PLACES, PatientRecord, price, record
 
@@ -20,7 +22,7 @@ WARD = (
 )
 RIGHT_FAMILY, RIGHT_PLACE = 60, 40  # points
 MOST_PATIENTS, MOST_STEPS = 64, 256  # the page carries every curve
-UNKNOWN = "?"
+UNKNOWN, OWN = "?", "own"
 _PHASES = ("open", "revealed")
 _HIDDEN = "Make a diagnosis first."
 _CURVES = ("loss", "gradient_norm", "scale", "flushed", "bad_gradients", "bad_parameters")
@@ -35,6 +37,9 @@ class Clinic(Exhibit):
     ``patient`` is a number, "1" and up; ``ordered`` the examinations, comma-separated, in the order in which they were
     made; ``diagnosis`` a key of ``FAMILIES``, ``place`` one of ``PLACES``, "?" for none yet.  In ``phase`` "revealed"
     the answer is shown.  A new patient in the page starts with nothing ordered; in Python the rest stays as it is.
+
+    Patient "own" is drawn by ``rate``, ``precision``, ``scaler`` and ``spike`` (keys of ``nan_debugging.drawn.DRAWN``):
+    all 36 combinations are recorded, too, unless ``own`` is False.  Nothing is scored there.
 
     Raises ValueError for no patients, for more than 64, and for a run of more than 256 steps; KeyError for an unknown
     name; TraitError for a state out of range.
@@ -51,9 +56,20 @@ class Clinic(Exhibit):
     diagnosis = t.Unicode(UNKNOWN).tag(sync=True)
     place = t.Unicode(UNKNOWN).tag(sync=True)
     phase = t.Unicode("open").tag(sync=True)
+    drawn = t.Dict(help="the patients that can be drawn, by their choices").tag(sync=True)
+    rate = t.Unicode("0.1").tag(sync=True)
+    precision = t.Unicode("fp16").tag(sync=True)
+    scaler = t.Unicode("on").tag(sync=True)
+    spike = t.Unicode("on").tag(sync=True)
 
     def __init__(
-        self, patients: Iterable[Fault | str] | None = None, *, seed: int = 0, name: str | None = None, **state: Any
+        self,
+        patients: Iterable[Fault | str] | None = None,
+        *,
+        own: bool = True,
+        seed: int = 0,
+        name: str | None = None,
+        **state: Any,
     ) -> None:
         chosen = list(WARD if patients is None else patients)
         if not 1 <= len(chosen) <= MOST_PATIENTS:
@@ -63,19 +79,26 @@ class Clinic(Exhibit):
             if one.steps > MOST_STEPS:
                 raise ValueError(f"expected runs of at most {MOST_STEPS} steps, got {one.steps} in {one.name!r}")
         self.records = {str(number): one for number, one in enumerate(records, 1)}
+        self._own = {keys: draw(*keys, seed) for keys in itertools.product(*DRAWN.values())} if own else {}
         super().__init__(table_of(["fp16"]), name, **state)
         # Set apart, because the name of the links must not depend on the machine that recorded.
         self.ward = [_for_the_page(one, _twin(patient, seed)) for patient, one in zip(chosen, records, strict=True)]
+        self.drawn = {" ".join(keys): _for_the_page(one, None) for keys, one in self._own.items()}
         self.choices = {
             "examinations": [[key, *examination] for key, examination in EXAMINATIONS.items()],
             "families": [list(family) for family in FAMILIES.items()],
             "places": [list(place) for place in PLACES.items()],
+            "own": [[key, [list(option) for option in options.items()]] for key, options in DRAWN.items()],
         }
 
-    _check_patient = t.validate("patient")(choice("patient", lambda self: self.records))
+    _check_patient = t.validate("patient")(choice("patient", lambda self: (*self.records, *([OWN] * bool(self._own)))))
     _check_diagnosis = t.validate("diagnosis")(choice("diagnosis", lambda self: (UNKNOWN, *FAMILIES)))
     _check_place = t.validate("place")(choice("place", lambda self: (UNKNOWN, *PLACES)))
     _check_phase = t.validate("phase")(choice("phase", lambda self: _PHASES))
+    _check_rate = t.validate("rate")(choice("rate", lambda _: DRAWN["rate"]))
+    _check_precision = t.validate("precision")(choice("precision", lambda _: DRAWN["precision"]))
+    _check_scaler = t.validate("scaler")(choice("scaler", lambda _: DRAWN["scaler"]))
+    _check_spike = t.validate("spike")(choice("spike", lambda _: DRAWN["spike"]))
 
     @t.validate("ordered")
     def _check_ordered(self, proposal: Any) -> str:
@@ -88,7 +111,10 @@ class Clinic(Exhibit):
     @property
     def record(self) -> PatientRecord:
         """The record of the present patient."""
-        return self.records[self.patient]
+        return self._own[self._choice()] if self.patient == OWN else self.records[self.patient]
+
+    def _choice(self) -> tuple[str, ...]:
+        return tuple(getattr(self, key) for key in DRAWN)
 
     @property
     def spent(self) -> int:
@@ -102,7 +128,7 @@ class Clinic(Exhibit):
 
     def result(self) -> dict[str, str]:
         """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
-        shown = self.ward[int(self.patient) - 1]
+        shown = self.drawn[" ".join(self._choice())] if self.patient == OWN else self.ward[int(self.patient) - 1]
         revealed = self.phase == "revealed"
         texts = {"history": shown["history"], "verdict": self._score_text() if revealed else self._open_text()}
         for key in EXAMINATIONS:
@@ -119,12 +145,18 @@ class Clinic(Exhibit):
         return self.ordered.split(",") if self.ordered else []
 
     def _open_text(self) -> str:
+        if not self.ordered and self.patient == OWN:
+            return "Nothing is ordered yet. You drew this one: choose, read, and order what you like."
         if not self.ordered:
             return "Nothing is ordered yet. Read the curves, order what you need, and make a diagnosis."
         last = EXAMINATIONS[self._ordered()[-1]].title
+        if self.patient == OWN:
+            return f"Ordered: {last}. Nothing is scored."
         return f"Ordered: {last}. {self.spent} points are spent; the best that is left is {max(0, 100 - self.spent)}."
 
     def _score_text(self) -> str:
+        if self.patient == OWN:
+            return "You drew this one, so nothing is scored. The monitor's report stands below."
         family = "right" if self.diagnosis == self.record.family else "wrong"
         place = "right" if self.place == self.record.place else "wrong"
         return (
@@ -149,7 +181,7 @@ def _for_the_page(one: PatientRecord, twin: PatientRecord | None) -> dict[str, A
         "begins": one.step,
         "answer": _answer(one),
         "report": one.results["cheap"].text,
-        "cure": f"{one.cure}." if one.cure else "None is needed: leave the run alone.",
+        "cure": _cure(one),
         "twin": _healed(twin),
         "way": _way(one),
     }
@@ -177,19 +209,32 @@ def _history(one: PatientRecord) -> str:
 
 
 def _answer(one: PatientRecord) -> str:
+    if not one.family:
+        return f"{one.title}."
     if one.family == "none":
         return f"Nothing is wrong. This is {one.title}."
     return f"{one.title}. Its class is {one.fault_class}; it begins at step {one.step}, {PLACES[one.place]}."
 
 
+def _cure(one: PatientRecord) -> str:
+    if not one.family:
+        silent = one.results["cheap"].text == "no findings"
+        return (
+            "None is needed, says the monitor." if silent else "It stands in the lines 'do:' of the monitor's report."
+        )
+    return f"{one.cure}." if one.cure else "None is needed: leave the run alone."
+
+
 def _healed(twin: PatientRecord | None) -> str:
     if twin is None:
-        return "A healthy run has none."
+        return "This run has none."
     finds = "finds nothing to call a fault" if twin.results["cheap"].mark == "quiet" else "raises a false alarm"
     return f"{_history(twin)} The monitor {finds}."
 
 
 def _way(one: PatientRecord) -> str:
+    if not one.family:
+        return "Nothing is scored."
     if not one.way:
         return "None of these examinations tells it, alone or together with the list of dtypes and settings."
     titles, points = [EXAMINATIONS[key].title for key in one.way], price(one.way)

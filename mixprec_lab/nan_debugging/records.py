@@ -110,6 +110,7 @@ MARKS: Mapping[str, str] = MappingProxyType(
         "missed": "sees nothing",
         "quiet": "rightly raises no alarm",
         "false": "raises a false alarm",
+        "unjudged": "is not judged: you drew this run",
         "read": "raises no alarms: it is there to be read",
     }
 )
@@ -141,8 +142,8 @@ class PatientRecord:
     name: str
     title: str  #: what is wrong, in one line; what the run is, if nothing is
     fault_class: str  #: a class of the catalogue; "" if nothing is wrong
-    family: str  #: a key of ``FAMILIES``
-    place: str  #: a key of ``PLACES``
+    family: str  #: a key of ``FAMILIES``; "" if nobody knows
+    place: str  #: a key of ``PLACES``; "" if nobody knows
     step: int  #: the first step at which it is visible; -1 if nothing is wrong
     cure: str
     loss: tuple[float, ...]
@@ -209,7 +210,7 @@ def record(fault: Fault | str, seed: int = 0, repaired: bool = False) -> Patient
 @functools.cache
 def _of_fault(fault: Fault, seed: int, repaired: bool) -> PatientRecord:
     with device.one_thread():
-        found = _recorded(lambda: fault.build(seed, repaired), seed, None if repaired else fault)
+        found = recorded(lambda: fault.build(seed, repaired), seed, None if repaired else fault)
     if repaired:
         return replace(found, name=fault.name, title=f"repaired: {fault.title}")
     truth = {"fault_class": fault.fault_class, "family": family_of(fault.fault_class), "place": fault.phase}
@@ -219,11 +220,12 @@ def _of_fault(fault: Fault, seed: int, repaired: bool) -> PatientRecord:
 @functools.cache
 def _healthy(name: str, seed: int) -> PatientRecord:
     with device.one_thread():
-        found = _recorded(lambda: replace(HEALTHY[name](seed), steps=HEALTHY_STEPS), seed, None)
+        found = recorded(lambda: replace(HEALTHY[name](seed), steps=HEALTHY_STEPS), seed, None)
     return replace(found, name=name, title=f"a healthy run: {name.replace('_', ' ')}")
 
 
-def _recorded(build: Callable[[], Run], seed: int, fault: Fault | None) -> PatientRecord:
+def recorded(build: Callable[[], Run], seed: int, fault: Fault | None) -> PatientRecord:
+    """The nameless record of a run that ``build`` makes anew for each examination, judged by ``fault``, if any."""
     curves, error = _curves(build(), seed)
     results = {"settings": Result(_settings(build(), seed), "read")}
     for key, detector in _RIVALS.items():
