@@ -228,7 +228,8 @@ def test_under_autocast_flushed_gradients_are_seen_as_zeros():
     with torch.autocast("cpu", torch.float16):
         half = record_gradients(model, images, labels, loss_fn)
         scaled = record_gradients(model, images, labels, loss_fn, loss_scale=2.0**14)
-    assert half.activations["0"].zero == half.activations["0"].total > full.activations["0"].zero
+    first = half.activations["0"]  # CPUs with FP16 arithmetic and without differ in a few elements at the edge
+    assert first.zero > 0.999 * first.total > full.activations["0"].zero
     assert scaled.activations["0"].zero < half.activations["0"].zero
     assert min(scaled.activations["0"].binades) >= -24 > min(full.activations["0"].binades)
 
