@@ -77,11 +77,16 @@ class Run:
             self.scaler.update_scale()
             self.scales.append(self.scaler.scale)
         else:
-            loss.backward()
+            self.backward(loss)
             for optimizer in self.optimizers:
                 optimizer.step()
         for scheduler in self.schedulers:
             scheduler.step()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward without the scaler of the run; a master optimizer has its own."""
+        scale_loss = getattr(self.optimizers[0], "scale_loss", None)
+        (scale_loss(loss) if scale_loss else loss).backward()
 
     def bits(self) -> dict[str, bytes]:
         """All tensors and numbers of the run by their path, and one draw of each generator (a copy of each)."""
@@ -165,6 +170,13 @@ RUNS = {
     "kahan": lambda: Run(one(lambda p: BF16AdamW(p, lr=0.01, update="kahan")), dtype=torch.bfloat16),
     "fp8, delayed scaling": lambda: Run(one(lambda p: optim.AdamW(p, lr=0.01)), grad_scaler, build=fp8_network),
     "wide state": lambda: Run(one(WideAdam), dtype=torch.bfloat16),
+    "masters, scaler": lambda: Run(
+        lambda m: [
+            MasterWeightOptimizer(
+                optim.AdamW(m.parameters(), lr=0.01, fused=True), m, scaler=grad_scaler(), max_norm=1.0
+            )
+        ], dtype=torch.bfloat16,
+    ),
     "masters": lambda: Run(
         lambda m: [MasterWeightOptimizer(optim.AdamW(m.parameters(), lr=0.01, fused=True), m)],
         None, lambda opts: [lr.StepLR(opts[0].optimizer, 4)], dtype=torch.bfloat16,

@@ -72,8 +72,8 @@ def test_a_checkpoint_does_not_follow_training_and_can_be_restored_again_and_aga
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_another_process_goes_on_from_the_files(name, tmp_path):
-    data, run, other = batches(8), RUNS[name](), None
+def test_a_new_run_goes_on_from_the_files_of_another(name, tmp_path):
+    data, run = batches(8), RUNS[name]()
     fixer = run.fixer(directory=tmp_path)
     for batch in data[:4]:
         run.step(batch)

@@ -120,7 +120,7 @@ def test_a_skip_moves_nothing_where_zeroing_and_stepping_goes_on(name):
     fixer = run.fixer()
     twin = copy.deepcopy(run)
     for victim in (run, twin):
-        victim.loss(batches(5)[4]).backward()
+        victim.backward(victim.loss(batches(5)[4]))
         next(p for p in victim.model.parameters() if p.grad is not None).grad.view(-1)[0] = NAN
     before = run.bits()
 
@@ -323,6 +323,60 @@ def test_the_second_restore_of_one_checkpoint_halves_the_learning_rate_and_the_s
     assert run.bits() == before
 
 
+def test_nan_batches_are_no_evidence_against_the_learning_rate():
+    run = trained("momentum")
+    fixer = run.fixer(restore_after=2)
+    fixer.create_checkpoint(4)
+    for times in (1, 2, 3):
+        run.model[1].running_mean[0] = NAN  # as a NaN batch leaves it
+        fix = fixer.fix_nan_inf(health(4 + times, NAN))
+        assert (fix.details["times"], fix.details["bad"]) == (times, ["buffer 1.running_mean"])
+    for step in range(8, 12):
+        fix = fixer.fix_nan_inf(health(step, NAN))
+    assert (fix.action, fix.details["times"], fixer.lr_factor) == ("restore", 5, 1.0)
+
+
+@pytest.mark.parametrize("last, loss", [(1.0, 1e5), (500.0, INF)])
+def test_losses_that_climbed_before_they_broke_are_evidence_at_the_second_restore(last, loss):
+    run = trained("momentum")
+    fixer = run.fixer(restore_after=2)
+    for step, good in enumerate([60.0, 1.0, 1.0, 1.0, 1.0]):
+        fixer.fix_nan_inf(health(step, good))
+    fixer.create_checkpoint(5)
+    factors = []
+    for _ in range(3):
+        assert fixer.fix_nan_inf(health(5, last)).action == "none"
+        for step in (6, 7):
+            fix = fixer.fix_nan_inf(health(step, loss))
+        assert fix.action == "restore"
+        factors.append(fixer.lr_factor)
+    assert factors == [1.0, 0.5, 0.25]
+
+
+def test_a_restore_forgets_the_losses_of_the_future_it_left():
+    run = RUNS["momentum"]()
+    fixer = run.fixer()
+    fixer.create_checkpoint(0)
+    for step in range(5):
+        fixer.fix_nan_inf(health(step, 10.0**step))
+    fixer.restore_checkpoint()
+    for step in range(5):
+        fixer.fix_nan_inf(health(step, 1.0))
+    assert fixer.fix_nan_inf(health(5, 101.0)).action == "skip"  # 10 times 10**4 would let it pass
+
+
+def test_the_scaler_inside_of_a_master_weight_optimizer_is_not_raised_either():
+    run = trained("masters, scaler")
+    scaler = run.optimizers[0].scaler
+    fixer = run.fixer()
+    fixer.create_checkpoint(4)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})
+    run.model[0].weight.data[0, 0] = NAN
+    assert fixer.fix_nan_inf(health(5, params=(1, 0))).details["scale"] == 2.0
+    assert scaler.get_scale() == 2.0
+    run.step(batches(1)[0])
+
+
 def test_a_checkpoint_after_the_restored_one_is_progress_and_one_of_the_same_step_is_not():
     for again, factor in ((4, 0.5), (5, 1.0)):
         run = trained("momentum")
@@ -481,6 +535,8 @@ def test_remaining_batches_are_numbered_and_complete():
         ([torch.eye(2)], {}, TypeError, "expected the numbers of the batches, got a Tensor"),
         ([9], {}, RuntimeError, r"expected a checkpoint of step 9 or earlier, got \[10, 20\]"),
         (3, {"before": 5}, RuntimeError, "expected a checkpoint of step 5 or earlier"),
+        (3, {"before": -1}, ValueError, "expected before to be a step"),
+        (3, {"before": "12"}, ValueError, "got '12'"),
     ],
 )
 def test_a_rollback_that_makes_no_sense_changes_nothing(asked, options, error, match):
@@ -579,9 +635,11 @@ def test_the_loop_of_the_docstring_with_bad_batches_is_the_run_on_the_good_ones(
                 scaler.unscale_(optimizer)
                 if repair and fixer.fix_nan_inf(monitor.check_model_health(i, loss)).skip:
                     continue
+                scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
-                scheduler.step()
+                if scaler.get_scale() >= scale:
+                    scheduler.step()
         return model, scaler, [fix.action for fix in fixer.history]
 
     data = batches(20)

@@ -36,7 +36,9 @@ class Parts:
 
 def parts_of(model: Any, optimizer: Any, scaler: Any, scheduler: Any) -> Parts:
     """The parts of a run, where optimizer and scheduler are one or a list; errors as ``NumericalStabilityFixer``."""
-    parts = Parts(model, _several(optimizer), scaler, _several(scheduler))
+    optimizers = _several(optimizer)
+    inside = [o.scaler for o in optimizers if getattr(o, "scaler", None) is not None]
+    parts = Parts(model, optimizers, inside[0] if scaler is None and inside else scaler, _several(scheduler))
     _check_parts(parts)
     return parts
 
@@ -81,15 +83,16 @@ def plain(value: Any, device: torch.device | None = None, path: str = "") -> Any
     )
 
 
-def restore(parts: Parts, state: Mapping[str, Any]) -> None:
+def restore(parts: Parts, state: Mapping[str, Any], *, keep_device: bool = False) -> None:
     """Put ``state`` back into ``parts`` and the generators, bit by bit, and clear all gradients.
 
     Raises ValueError if it does not fit: of other names, shapes, dtypes, kinds of optimizer, groups, with or without a
     scaler or a scheduler; nothing is changed then.  Raises what a part raises while it loads, and RuntimeError if one
-    did not take its state exactly; everything but the gradients is then as it was.
+    did not take its state exactly; everything but the gradients is then as it was.  The copy for that case goes to the
+    CPU, or stays on its device if ``keep_device``.
     """
     check_fits(parts, state)
-    before = capture(parts, 0, keep_device=True)
+    before = capture(parts, 0, keep_device=keep_device)
     try:
         forget_step(parts)
         _load(parts, state)

@@ -8,8 +8,7 @@ numbers that stay are bad, and touches the learning rate only when going back ha
 
 import math
 import os
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,13 +28,11 @@ from mixprec_lab.nan_debugging.checkpoint import (
 from mixprec_lab.nan_debugging.checkpoint_store import DiskStore, MemoryStore
 from mixprec_lab.nan_debugging.fix_report import FixReport, checked, is_count, listed, trouble_of
 from mixprec_lab.nan_debugging.learning_rate import scale_learning_rates
+from mixprec_lab.nan_debugging.loss_watch import LossWatch
 from mixprec_lab.nan_debugging.rollback import Rollback, numbers_of
 
 _CUT = 0.5  # a power of two: the cut is exact
 _TRIES = 5  # restores of one checkpoint
-_FIRST = 5  # losses that say where the run began
-_EXPLODED = 100.0  # times the running median
-_ABOVE_START = 10.0  # times the largest of the first losses
 
 
 class NumericalStabilityFixer:
@@ -51,16 +48,21 @@ class NumericalStabilityFixer:
             scaler.unscale_(optimizer)
             if fixer.fix_nan_inf(monitor.check_model_health(i, loss)).skip:
                 continue
-            scaler.step(optimizer); scaler.update(); scheduler.step()
+            scale = scaler.get_scale()
+            scaler.step(optimizer); scaler.update()
+            if scaler.get_scale() >= scale:  # else the scaler has skipped the step
+                scheduler.step()
 
     ``optimizer`` and ``scheduler`` are one, or a list; ``scaler`` is a ``torch.amp.GradScaler`` or a scaler of
     ``mixprec_lab.loss_scaling``.  Copies go to the CPU, or stay where the tensors are with ``device=None``; with a
     ``directory`` they go to files there, and those that lie there already can be restored.  The last ``keep`` stay.
-    After ``restore_after`` steps skipped in a row, the last checkpoint is restored.
+    After ``restore_after`` steps skipped in a row, the last checkpoint is restored.  The scaler of a
+    ``MasterWeightOptimizer`` is found there.
 
     ``history`` holds all reports, ``lr_factor`` what the learning rates were multiplied by, ``extra`` that of the
     checkpoint restored last.  The generators of Python, NumPy and torch are part of a checkpoint; put the state of
-    your own into ``extra``, and with it the place in your data.
+    your own into ``extra``, and with it the place in your data.  Each rank of a distributed run needs a directory of
+    its own, and all of them must hear of a repair.  Pass the scheduler, or a cut of the learning rate is its to undo.
 
     Raises TypeError for objects of another kind, ValueError for a model without parameters, an optimizer of
     parameters that are not the model's, another device, and ``keep`` or ``restore_after`` below 1.
@@ -88,8 +90,7 @@ class NumericalStabilityFixer:
         self._store = MemoryStore() if directory is None else DiskStore(directory)
         self._order = self._store.steps()  # the last is the one to go back to
         self._infinite_buffers = count_infinite_buffers(model)
-        self._losses: deque[tuple[int, float]] = deque(maxlen=50)  # of steps without trouble
-        self._start: list[float] = []  # the first of them
+        self._losses = LossWatch()
         self._restored: Counter[int] = Counter()
         self._cut_for: set[tuple[str, int]] = set()
         self._in_a_row = 0
@@ -147,10 +148,10 @@ class NumericalStabilityFixer:
         if step not in self._order:
             raise RuntimeError(f"expected one of the checkpoints {self._order}, got step {step!r}")
         state = self._store.load(step)
-        restore(self._parts, state)
+        restore(self._parts, state, keep_device=self._keep_device)
         self._move_to_end(step)
         self.lr_factor, self.extra = state["lr_factor"], plain(state["extra"])
-        self._losses = deque(((s, v) for s, v in self._losses if s < step), maxlen=self._losses.maxlen)
+        self._losses.rewind(step)
         self._in_a_row = 0
         self._reported = None if self._reported is None else step - 1
         return step
@@ -172,6 +173,8 @@ class NumericalStabilityFixer:
         old enough; else as ``restore_checkpoint``.  Then nothing was changed.
         """
         numbers = numbers_of(batches)
+        if before is not None and not is_count(before):
+            raise ValueError(f"expected before to be a step, a whole number of at least 0, got {before!r}")
         latest = min((n for n in (before, min(numbers) if numbers else None) if n is not None), default=None)
         fitting = [step for step in self._order if latest is None or step <= latest]
         if not fitting:
@@ -197,7 +200,8 @@ class NumericalStabilityFixer:
 
         A skip clears all gradients; nothing else moves.  A restore takes the scale of the checkpoint unless the present
         one is lower: no scale is raised.  From the second restore of one checkpoint on, the learning rates are halved
-        (``details["learning_rates"]``); a cut outlives later restores.
+        (``details["learning_rates"]``) if numbers outgrew their format: parameters or optimizer state are bad, or the
+        loss had climbed a hundredfold.  NaN from a batch is no evidence against a rate.  A cut outlives later restores.
 
         Raises TypeError and ValueError for something else than such a report, RuntimeError if there is nothing to
         restore and after five restores of one checkpoint.  Then nothing was changed.
@@ -207,15 +211,16 @@ class NumericalStabilityFixer:
         if not bad and report["param_nan_count"] + report["param_inf_count"]:
             bad = ["parameters (by the report)"]
         exploding = [f for f in report.get("findings", ()) if self._is_new_explosion(f)]
-        trouble = trouble_of(report) or self._explosion(report)
+        trouble, explosion = trouble_of(report), self._losses.explosion(float(report["loss"]))
         if bad:
-            fix = self._go_back(f"NaN or inf in {listed(bad)}", cut=bool(exploding), bad=bad)
+            outgrown = not all(name.startswith("buffer") for name in bad)  # buffers take what the batch gives them
+            fix = self._go_back(f"NaN or inf in {listed(bad)}", bad, outgrown=outgrown, cut=bool(exploding))
         elif exploding:
             fix = self._cut_learning_rate(f"exploding_lr at step {exploding[0].step}: {exploding[0].evidence}")
         elif self._is_ordinary_skip(report):
             fix = FixReport("none", "gradients overflowed under the loss scale: the scaler skips and backs off")
-        elif trouble:
-            fix = self._skip(trouble)
+        elif trouble or explosion:
+            fix = self._skip(trouble or explosion, outgrown=not trouble or self._losses.climbed())
         else:
             fix = self._note_good_step(report)
         self._cut_for.update((f.kind, f.step) for f in exploding)
@@ -224,15 +229,15 @@ class NumericalStabilityFixer:
         self.history.append(fix)
         return fix
 
-    def _skip(self, trouble: str) -> FixReport:
+    def _skip(self, trouble: str, *, outgrown: bool) -> FixReport:
         if self._in_a_row + 1 >= self.restore_after and self._order:
-            return self._go_back(f"{trouble}, {self._in_a_row + 1} times in a row")
+            return self._go_back(f"{trouble}, {self._in_a_row + 1} times in a row", outgrown=outgrown)
         self._in_a_row += 1
         forget_step(self._parts)
         advice = "" if self._order else "; there is no checkpoint to go back to if this goes on"
         return FixReport("skip", f"{trouble}{advice}", {"in_a_row": self._in_a_row})
 
-    def _go_back(self, why: str, *, cut: bool = False, bad: Iterable[str] = ()) -> FixReport:
+    def _go_back(self, why: str, bad: Iterable[str] = (), *, outgrown: bool, cut: bool = False) -> FixReport:
         step = self._last_step(why)
         tries = self._restored[step] + 1
         if tries > _TRIES:
@@ -245,7 +250,7 @@ class NumericalStabilityFixer:
         self._restored[step] = tries
         details: dict[str, Any] = {"step": step, "times": tries, "bad": list(bad), **self._lower_scale(present)}
         reason = f"{why}: went back to the checkpoint of step {step}"
-        wanted = factor * (_CUT if cut or tries > 1 else 1)
+        wanted = factor * (_CUT if cut or (outgrown and tries > 1) else 1)
         if wanted < self.lr_factor:
             details["learning_rates"] = self._set_lr_factor(wanted)
             reason += f", with {wanted:g} times the learning rate that the run began with"
@@ -271,18 +276,8 @@ class NumericalStabilityFixer:
 
     def _note_good_step(self, report: Mapping[str, Any]) -> FixReport:
         self._in_a_row = 0
-        self._losses.append((report["step"], float(report["loss"])))
-        if len(self._start) < _FIRST:
-            self._start.append(abs(float(report["loss"])))
+        self._losses.note(report["step"], float(report["loss"]))
         return FixReport("none", "everything is finite")
-
-    def _explosion(self, report: Mapping[str, Any]) -> str:
-        if len(self._start) < _FIRST or not self._losses:
-            return ""
-        loss, typical = abs(float(report["loss"])), statistics.median(abs(value) for _, value in self._losses)
-        if loss > _EXPLODED * typical and loss > _ABOVE_START * max(self._start):
-            return f"the loss is {loss:.3g}, its median {typical:.3g}"
-        return ""
 
     def _is_new_explosion(self, finding: Any) -> bool:
         known = (finding.kind, finding.step) in self._cut_for
