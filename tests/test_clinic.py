@@ -75,7 +75,7 @@ def test_nothing_is_told_before_it_is_ordered_and_nothing_revealed_before_a_diag
     for number in range(1, len(WARD) + 1):
         words = Clinic(patient=str(number), ordered="loss").result()
         assert {key for key in EXAMINATIONS if words[f"exam-{key}"]} == {"loss"}
-        assert {words[key] for key in REVEALED} == {"Make a diagnosis first."}
+        assert {words[key] for key in REVEALED} == {"Not revealed yet."}
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_a_drawn_patient_is_not_scored_and_its_examinations_are_not_judged():
     shown = Clinic(SMALL, patient="own", scaler="off", ordered="loss", diagnosis="none", place="none", phase="revealed")
     words = shown.result()
     assert words["verdict"] == "You drew this one, so nothing is scored. The monitor's report stands below."
-    assert words["exam-loss"].startswith("It is not judged: you drew this run.\nStep 6: the loss is nan.")
+    assert words["exam-loss"].startswith("Step 6: the loss is nan.")
     assert words["report"] == draw("0.1", "fp16", "off", "on").results["cheap"].text
-    assert (
-        words["answer"] == "SGD with learning rate 0.1, FP16 autocast, scaler none, spike batch of step 6 times 100000."
+    assert words["answer"] == (
+        "SGD with learning rate 0.1, FP16 autocast, no scaler, at step 6 a batch 100,000 times too large."
     )
     assert words["way"] == "Nothing is scored." and shown.score() == 0
     assert (

@@ -6,9 +6,9 @@ import { button, checked, drawing, facts, follow, frame, h, links, oneOf, select
 const DRAWN = ["rate", "precision", "scaler", "spike"], OWN = "own";
 const KEYS = ["patient", "step", "ordered", "diagnosis", "place", "phase", ...DRAWN];
 const FAMILY = 60, PLACE = 40, UNKNOWN = "?", MOST_STEPS = 256;
-const HIDDEN = "Make a diagnosis first.";
+const HIDDEN = "Not revealed yet.";
 const CURVES = [["loss", "Loss"], ["gradient_norm", "Gradient norm"], ["scale", "Loss scale"], ["flushed", "Zero in FP16"],
-  ["bad_gradients", "NaN/inf gradients"], ["bad_parameters", "NaN/inf weights"]];
+  ["bad_gradients", "Bad gradients"], ["bad_parameters", "Bad weights"]];
 const ANSWERS = [["answer", "Answer"], ["cure", "Cure"], ["twin", "Repaired twin"], ["way", "Specialist"]];
 
 export const orderedOf = ({ ordered }) => (ordered ? ordered.split(",") : []);
@@ -43,7 +43,7 @@ export function texts(state, data) {
   const out = { history: one.history, verdict: revealed ? scoreText(state, data, one) : openText(state, data) };
   for (const [key] of data.choices.examinations) {
     const text = one.examinations[key];
-    out[`exam-${key}`] = revealed ? `${one.marks[key]}\n${text}` : done.includes(key) ? text : "";
+    out[`exam-${key}`] = revealed ? one.marks[key] + text : done.includes(key) ? text : "";
   }
   for (const [curve] of CURVES) {
     const value = one.curves[curve][at];
@@ -114,7 +114,7 @@ function picture(one, state, width) {
     ...(scaled ? curveLane(2, "log2 of the loss scale", [[scale, LOSS]], x, n, (v) => significant(v, 3))
       : [words(LEFT, TOP + 2 * LANE - 7, "log2 of the loss scale", { class: "" }), words(LEFT, TOP + 2 * LANE + TALL / 2 + 4, "no GradScaler")]),
     ...barLane(3, "share of the gradients that is 0 in FP16", numbers("flushed"), 1, "var(--mpl-lost)", x, "100 %"),
-    ...barLane(4, "gradients that are NaN or inf", bad, most || 1, "var(--mpl-over)", x, most ? String(most) : "")];
+    ...barLane(4, "bad gradients: NaN or inf", bad, most || 1, "var(--mpl-over)", x, most ? String(most) : "")];
   const middle = x(marked(state, one) + 0.5);
   parts.push(svg("line", { x1: middle, x2: middle, y1: TOP, y2: TICKS - 10, stroke: "var(--mpl-fg)" }));
   if (revealed && one.begins >= 0) {

@@ -24,7 +24,7 @@ RIGHT_FAMILY, RIGHT_PLACE = 60, 40  # points
 MOST_PATIENTS, MOST_STEPS = 64, 256  # the page carries every curve
 UNKNOWN, OWN = "?", "own"
 _PHASES = ("open", "revealed")
-_HIDDEN = "Make a diagnosis first."
+_HIDDEN = "Not revealed yet."
 _CURVES = ("loss", "gradient_norm", "scale", "flushed", "bad_gradients", "bad_parameters")
 
 
@@ -133,8 +133,8 @@ class Clinic(Exhibit):
         texts = {"history": shown["history"], "verdict": self._score_text() if revealed else self._open_text()}
         for key in EXAMINATIONS:
             text = shown["examinations"][key]
-            done = f"{shown['marks'][key]}\n{text}" if revealed else text
-            texts[f"exam-{key}"] = done if revealed or key in self._ordered() else ""
+            told = text if key in self._ordered() else ""
+            texts[f"exam-{key}"] = shown["marks"][key] + text if revealed else told
         at = min(self.step, self.record.steps - 1)
         for curve in _CURVES:
             value = shown["curves"][curve][at]
@@ -175,7 +175,7 @@ def _for_the_page(one: PatientRecord, twin: PatientRecord | None) -> dict[str, A
         "curves": {curve: [_value(curve, value) for value in getattr(one, curve)] for curve in _CURVES},
         "healed": [_value("loss", value) for value in twin.loss] if twin else [],
         "examinations": {key: result.text for key, result in one.results.items()},
-        "marks": {key: f"It {MARKS[result.mark]}." for key, result in one.results.items()},
+        "marks": {key: f"It {MARKS[result.mark]}.\n" if one.family else "" for key, result in one.results.items()},
         "family": one.family,
         "place": one.place,
         "begins": one.step,

@@ -23,8 +23,8 @@ DRAWN: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "rate": {"0.001": "0.001", "0.1": "0.1", "100": "100"},
         "precision": {"fp32": "FP32", "bf16": "BF16 weights", "fp16": "FP16 autocast"},
-        "scaler": {"off": "none", "on": "GradScaler from 2^16"},
-        "spike": {"off": "none", "on": f"batch of step {SPIKE_STEP} times {SPIKE:g}"},
+        "scaler": {"off": "none", "on": "GradScaler"},
+        "spike": {"off": "none", "on": f"at step {SPIKE_STEP}"},
     }
 )
 
@@ -45,9 +45,10 @@ def draw(rate: str, precision: str, scaler: str, spike: str, seed: int = 0) -> P
 def _drawn(rate: str, precision: str, scaler: str, spike: str, seed: int) -> PatientRecord:
     with device.one_thread():
         found = recorded(lambda: _run(float(rate), precision, scaler == "on", spike == "on", seed), seed, None)
-    words = [DRAWN["precision"][precision], f"scaler {DRAWN['scaler'][scaler]}", f"spike {DRAWN['spike'][spike]}"]
+    spiked = f"at step {SPIKE_STEP} a batch {SPIKE:,.0f} times too large" if spike == "on" else "no spike"
+    scaled = "a GradScaler that starts at 65,536" if scaler == "on" else "no scaler"
     unjudged = {key: Result(result.text, "unjudged") for key, result in found.results.items()}
-    title = f"SGD with learning rate {rate}, {', '.join(words)}"
+    title = f"SGD with learning rate {rate}, {DRAWN['precision'][precision]}, {scaled}, {spiked}"
     return replace(found, name="own", title=title, family="", place="", results=MappingProxyType(unjudged))
 
 
