@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stability_runs import RUNS, Run, batches, grad_scaler, one
+from stability_runs import RUNS, Run, batches, grad_scaler, network, one
 from torch import nn, optim
 
 from mixprec_lab.nan_debugging.checkpoint import capture, first_difference, parts_of
@@ -144,8 +144,32 @@ def test_gradients_are_cleared_and_a_scaler_can_unscale_again_after_a_restore_wi
             run.optimizers[0].copy_grads_to_master()
         fixer.restore_checkpoint()
         assert run.bits() == saved
-        assert all(p.grad is None for p in run.model.parameters())
+        held = [p for o in run.optimizers for group in o.param_groups for p in group["params"]]
+        assert all(p.grad is None for p in (*run.model.parameters(), *held))
         run.step(data[1])  # raises if the scaler still thinks that gradients are unscaled
+
+
+def test_gradients_of_parameters_without_an_optimizer_are_cleared_too():
+    model = network()
+    fixer = NumericalStabilityFixer(model, optim.SGD(model[4].parameters(), lr=0.1))
+    fixer.create_checkpoint()
+    model(torch.ones(2, 6)).sum().backward()
+    fixer.restore_checkpoint()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_module_that_asks_for_the_version_of_its_state_is_told():
+    class Versioned(nn.Linear):
+        _version = 7
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            assert local_metadata["version"] == 7
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    model = Versioned(2, 2)
+    fixer = NumericalStabilityFixer(model, optim.SGD(model.parameters(), lr=0.1))
+    fixer.create_checkpoint()
+    assert fixer.restore_checkpoint() == 0
 
 
 def test_the_last_ones_are_kept_and_the_same_step_is_replaced(tmp_path):
@@ -267,6 +291,17 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     torch.save({"format": "mixprec_lab checkpoint", "sha256": digest(state), "state": state}, path)
     before = run.bits()
     with pytest.raises(ValueError, match="expected a checkpoint of version 1, got version 2"):
+        fixer.restore_checkpoint()
+    assert run.bits() == before
+
+
+def test_parameter_groups_with_other_settings_are_refused(tmp_path):
+    run, fixer, path = on_disk(tmp_path)
+    state = read(path)
+    del state["optimizers"][0]["param_groups"][0]["maximize"]
+    torch.save({"format": "mixprec_lab checkpoint", "sha256": digest(state), "state": state}, path)
+    before = run.bits()
+    with pytest.raises(ValueError, match="expected parameter groups with .*'maximize'.*: was the checkpoint made by"):
         fixer.restore_checkpoint()
     assert run.bits() == before
 

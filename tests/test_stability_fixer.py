@@ -377,15 +377,15 @@ def test_the_scaler_inside_of_a_master_weight_optimizer_is_not_raised_either():
     run.step(batches(1)[0])
 
 
-def test_a_checkpoint_after_the_restored_one_is_progress_and_one_of_the_same_step_is_not():
-    for again, factor in ((4, 0.5), (5, 1.0)):
+def test_a_later_checkpoint_and_a_rollback_are_progress_and_a_checkpoint_of_the_same_step_is_not():
+    for again, factor in ((4, 0.5), (5, 1.0), (None, 1.0)):
         run = trained("momentum")
         fixer = run.fixer()
         fixer.create_checkpoint(4)
         for _ in range(2):
             run.model[0].weight.data[0, 0] = NAN
             fixer.fix_nan_inf(health(6, params=(1, 0)))
-            fixer.create_checkpoint(again)
+            fixer.create_checkpoint(again) if again else fixer.rollback_and_skip([6])
         assert fixer.lr_factor == factor
 
 
@@ -404,6 +404,16 @@ def test_a_cut_is_in_later_checkpoints_outlives_restores_and_ends_with_a_rollbac
     fixer.create_checkpoint(7)
     fixer.rollback_and_skip([5])
     assert (rates(run), fixer.lr_factor, fixer.checkpoints) == ([start], 1.0, (4,))
+
+
+def test_parameters_that_exploded_by_the_learning_rate_come_back_with_half_of_it():
+    run = trained("momentum")
+    fixer, start = run.fixer(), rates(run)[0]
+    fixer.create_checkpoint(4)
+    run.model[0].weight.data[0, 0] = INF
+    fix = fixer.fix_nan_inf(health(6, params=(0, 1), findings=[exploding(6)]))
+    assert (fix.action, fix.details["times"], fix.details["learning_rates"]) == ("restore", 1, [start / 2])
+    assert rates(run) == [start / 2]
 
 
 def test_findings_of_other_kinds_or_severities_cut_nothing():

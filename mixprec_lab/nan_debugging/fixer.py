@@ -132,7 +132,6 @@ class NumericalStabilityFixer:
         self._move_to_end(step)
         for old in self._order[: -self.keep]:
             self._drop(old)
-        self._restored = Counter({s: n for s, n in self._restored.items() if s >= step})  # past the others, it got on
         return step
 
     def restore_checkpoint(self, step: int | None = None) -> int:
@@ -182,6 +181,7 @@ class NumericalStabilityFixer:
         step = self.restore_checkpoint(fitting[-1] if latest is None else max(fitting))
         for later in [s for s in self._order if s > step]:
             self._drop(later)
+        self._restored.clear()  # other batches: a new start
         return Rollback(step, frozenset(numbers or range(step, step + batches)))
 
     # -- repairs ---------------------------------------------------------------------------------------------------
