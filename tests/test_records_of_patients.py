@@ -128,6 +128,23 @@ def test_counts_by_hand():
     assert [math.isfinite(value) for value in found.gradient_norm] == [True] * 3 + [False] * 5
 
 
+def test_an_infinite_weight_counts_as_one_bad_parameter():
+    def build(seed: int, repaired: bool):
+        run = FAULTS["nan_in_input"].build(seed, True)
+        train = run.step
+
+        def step(i, probe):
+            train(i, probe)
+            if i == 1:
+                run.model[0].weight.data[0, 0] = torch.inf
+
+        run.step, run.steps = step, 2
+        return run
+
+    found = record(replace(FAULTS["nan_in_input"], build=build))
+    assert found.bad_parameters == (0, 1) and found.bad_gradients == (0, 0)
+
+
 def test_scales_halve_while_every_step_is_skipped():
     assert record("where_trap_under_scaler").scale == tuple(2.0 ** (10 - i) for i in range(12))
     assert not any(record("where_trap_under_scaler").bad_parameters)
