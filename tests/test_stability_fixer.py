@@ -493,6 +493,20 @@ def test_a_rate_shared_by_several_groups_is_cut_once():
     assert optimizer.param_groups[1]["lr"] is rate
 
 
+def test_a_checkpoint_without_a_step_is_that_of_the_next_one():
+    run = RUNS["momentum"]()
+    fixer = run.fixer(keep=9)
+    assert [fixer.create_checkpoint(), fixer.create_checkpoint()] == [0, 1]
+    fixer.fix_nan_inf(health(7))
+    assert [fixer.create_checkpoint(), fixer.create_checkpoint()] == [8, 8]
+    fixer.fix_nan_inf(health(12))
+    run.model[0].weight.data[0, 0] = NAN
+    assert fixer.fix_nan_inf(health(13, params=(1, 0))).details["step"] == 8
+    assert fixer.create_checkpoint() == 8  # where the run is again
+    fixer.restore_checkpoint(1)
+    assert fixer.create_checkpoint() == 1
+
+
 # -- rollback ----------------------------------------------------------------------------------------------------------
 
 
@@ -512,6 +526,16 @@ def test_a_rollback_takes_the_newest_checkpoint_that_has_not_seen_the_bad_batche
         plan = fixer.rollback_and_skip(asked, **options)
         assert plan == Rollback(step, frozenset(skip))
         assert sorted(fixer.checkpoints) == sorted(left) and fixer.checkpoints[-1] == step
+
+
+def test_the_newest_is_the_one_of_the_latest_step_whatever_was_restored_last():
+    fixer = RUNS["momentum"]().fixer()
+    for i in (0, 10, 20):
+        fixer.create_checkpoint(i)
+    fixer.restore_checkpoint(0)
+    assert fixer.rollback_and_skip([25]).step == 20
+    fixer.restore_checkpoint(0)
+    assert fixer.rollback_and_skip(1).step == 0  # how many, from where the run is
 
 
 def test_the_files_of_the_abandoned_future_are_removed(tmp_path):
@@ -659,6 +683,30 @@ def test_the_loop_of_the_docstring_with_bad_batches_is_the_run_on_the_good_ones(
     assert actions == ["skip" if i in (7, 11) else "none" for i in range(20)]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), good.parameters(), strict=True))
     assert scaler.state_dict() == same.state_dict()
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_a_skip_inside_of_a_monitored_step_is_no_misuse_of_the_scaler(unscale):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer, scaler = optim.AdamW(model.parameters(), lr=0.01), grad_scaler()
+    fixer = NumericalStabilityFixer(model, optimizer, scaler)
+    with NumericalStabilityMonitor(model, optimizer, scaler) as monitor:
+        for i, (x, y) in enumerate(batches(16)):
+            with monitor.step(i):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x * 1e5 if i == 12 else x), y)
+                monitor.record_loss(loss)
+                scaler.scale(loss).backward()
+                if unscale:
+                    scaler.unscale_(optimizer)
+                monitor.gradients_ready()
+                if fixer.fix_nan_inf(monitor.check_model_health(i, loss, scaled=not unscale)).skip:
+                    continue
+                scaler.step(optimizer)
+                scaler.update()
+    assert [i for i, fix in enumerate(fixer.history) if fix.skip] == [12]
+    assert monitor.faults == []
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
