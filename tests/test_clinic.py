@@ -225,6 +225,7 @@ def test_a_patient_is_examined_diagnosed_and_tried_again_by_keyboard(pages):
     assert said(visit)["verdict"].endswith("Score: 50 of 100.")
     assert page.evaluate("document.activeElement.dataset.action") == "diagnose"
     assert order(visit, "deep").is_disabled() and page.get_by_label("What is wrong").is_disabled()
+    assert page.get_by_label("Examinations and what they said").evaluate("box => box.scrollTop") == 0
     act.press("Enter")
     assert said(visit) == Clinic(SMALL).result() and act.is_disabled()
     assert visit.problems == {}
@@ -300,6 +301,7 @@ def test_a_patient_is_drawn_and_examined_while_its_choices_change(pages):
 def test_a_ward_without_drawn_patients_offers_none(pages):
     visit = pages([Clinic(SMALL, own=False, name="ward")])
     assert visit.page.get_by_label("Patient", exact=True).locator("option").count() == 3
+    assert "draw" not in visit.page.locator(".mpl-hint").inner_text()
     assert visit.problems == {}
 
 

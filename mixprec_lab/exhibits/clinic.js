@@ -172,6 +172,8 @@ const CHECKS = (data) => {
     phase: oneOf(["open", "revealed"]) };
 };
 
+const HINT = "Each patient is a recorded run. Its curves are free, examinations cost points. Find what is wrong, and where. "
+  + "Some patients are healthy.";
 const FRESH = { ordered: "", diagnosis: UNKNOWN, place: UNKNOWN, phase: "open" };
 
 function render({ model, el }) {
@@ -199,7 +201,11 @@ function render({ model, el }) {
       (width) => picture(one, now, width));
   };
   const { update: set, stop } = follow(model, KEYS, paint);
-  const patient = select("Patient", patientsOf(data).map((key) => [key, key === OWN ? "draw your own" : key]), (v) => set({ patient: v, step: 0, ...FRESH }));
+  const fresh = (changes) => {
+    set(changes);
+    exams.scrollTop = answer.scrollTop = 0;
+  };
+  const patient = select("Patient", patientsOf(data).map((key) => [key, key === OWN ? "draw your own" : key]), (v) => fresh({ patient: v, step: 0, ...FRESH }));
   const step = slider("Step", { min: 0, max: MOST_STEPS - 1, name: "step" }, String, (v) => set({ step: v }));
   const titles = { rate: "Learning rate", precision: "Precision", scaler: "Scaler", spike: "Spike" };
   const draw = Object.fromEntries(data.choices.own.map(([key, options]) => [key, select(titles[key], options, (v) => set({ [key]: v }))]));
@@ -211,7 +217,7 @@ function render({ model, el }) {
     exams.scrollTop = rows[key].node.offsetTop; // what it said may stand below the edge of the box
   };
   const rows = Object.fromEntries(data.choices.examinations.map((entry) => [entry[0], examinationRow(entry, order)]));
-  const act = button("Diagnose", () => set(state().phase === "open" ? { phase: "revealed" } : FRESH), { "data-action": "diagnose" });
+  const act = button("Diagnose", () => fresh(state().phase === "open" ? { phase: "revealed" } : FRESH), { "data-action": "diagnose" });
   const now = facts(CURVES.map(([curve, title]) => [`now-${curve}`, title])), answers = facts(ANSWERS);
   const fields = { ...now.values, ...answers.values, history: h("p", { "data-field": "history" }),
     verdict: h("output", { class: "mpl-say", "data-field": "verdict", "aria-live": "polite" }),
@@ -220,12 +226,13 @@ function render({ model, el }) {
   const box = (label, ...inside) => h("div", { class: "mpl-scroll mpl-tall", role: "group", tabindex: 0, "aria-label": label }, ...inside);
   const heading = (text) => h("p", { class: "mpl-part-name" }, text);
   const exams = box("Examinations and what they said", h("ul", { class: "mpl-exams" }, ...Object.values(rows).map((row) => row.node)));
+  const answer = box("The answer, the monitor's report, and the way of a specialist", answers.node, heading("The monitor's report"), fields.report);
   const root = frame({ model, el, kind: "clinic", title: "The clinic",
-    hint: "Each patient is a recorded run. Its curves are free, examinations cost points. Find what is wrong, and where. Some patients are healthy." },
+    hint: HINT + (patientsOf(data).includes(OWN) ? " The last one you draw yourself." : "") },
   h("div", { class: "mpl-controls" }, patient.node, step.node),
   h("div", { class: "mpl-controls mpl-own" }, ...Object.values(draw).map((control) => control.node)), fields.history, legend(), picked.node, now.node,
   heading("Examinations"), exams, h("div", { class: "mpl-side" }, choose.diagnosis.node, choose.place.node), h("div", { class: "mpl-row" }, act), fields.verdict,
-  heading("Answer"), box("The answer, the monitor's report, and the way of a specialist", answers.node, heading("The monitor's report"), fields.report));
+  heading("Answer"), answer);
   paint();
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, CHECKS(data))) });
   link.read();
