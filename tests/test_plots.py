@@ -134,7 +134,8 @@ def test_accumulator_errors_are_drawn_over_the_length_of_the_sum():
 
 def test_the_decision_tree_holds_every_question_and_the_history_marks_bad_steps():
     texts = [t.get_text() for t in plots.decision_tree().axes[0].texts]
-    assert "parameters\nfinite?" in texts and "order of calls,\nstate, schedule" in texts and texts.count("yes") == 7
+    assert texts[0] == "parameters finite?" and "order of calls, stale state, schedule" in texts
+    assert texts.count("yes") == 7 == texts.count("no")
     report = {"loss": 1.0, "grad_norm": 2.0, "param_norm": 3.0, "issues": []}
     reports = [report | {"step": 0}, report | {"step": 1, "loss": float("nan"), "issues": ["bad"]}]
     loss = plots.health_history(reports).axes[0]

@@ -12,49 +12,51 @@ if TYPE_CHECKING:
 
 _BAD = "#b3245e"
 _QUESTION = "#0063b2"
-#: question or answer -> position (column, row), and where yes and no lead
-_TREE = {
-    "parameters\nfinite?": ((0, 0), "input\nfinite?", "restore a checkpoint;\nlook one step earlier"),
-    "input\nfinite?": ((1, 0), "outputs\nfinite?", "bad data:\ndrop the sample"),
-    "outputs\nfinite?": ((2, 0), "loss\nfinite?", "replay forward:\nfirst bad operation"),
-    "loss\nfinite?": ((3, 0), "gradients\nfinite?", "label, log of zero,\nFP16 reduction"),
-    "gradients\nfinite?": ((4, 0), "weights\nmoving?", "finite at\nscale 1?"),
-    "weights\nmoving?": ((5, 0), "order of calls,\nstate, schedule", "underflow, lost\nupdates, dtypes"),
-}
+#: the questions from top to bottom, and what a no means
+_QUESTIONS = (
+    ("parameters finite?", "restore a checkpoint,\nlook one step earlier"),
+    ("input finite?", "bad data:\ndrop the sample"),
+    ("outputs finite?", "replay forward:\nfirst bad operation"),
+    ("loss finite?", "label, log of zero,\nreduction in FP16"),
+    ("gradients finite?", "finite at\nscale 1?"),
+    ("weights moving?", "underflow, lost updates,\ndtypes"),
+    ("order of calls, stale state, schedule", ""),
+)
 
 
 def decision_tree() -> "Figure":
-    """The questions in the order in which they divide the causes: yes to the right, no downwards."""
+    """The questions in the order in which they divide the causes: yes downwards, no to the right."""
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(9.6, 3.4))
-    for question, ((column, row), yes, no) in _TREE.items():
-        _box(ax, column, row, question, _QUESTION)
-        _arrow(ax, (column + 0.3, row), (column + 0.68, row), "yes")
-        _arrow(ax, (column, row - 0.2), (column, row - 0.78), "no")
-        _box(ax, column, row - 1, no, _QUESTION if no.endswith("?") else _BAD)
-        if yes not in _TREE:
-            _box(ax, column + 1, row, yes, _BAD)
-    _arrow(ax, (4, -1.2), (4, -1.78), "no")
-    _box(ax, 4, -2, "replay backward:\nedge of a function", _BAD)
-    _arrow(ax, (4.25, -1.2), (4.85, -1.78), "yes")
-    _box(ax, 5.15, -2, "the scaler skips it:\na fault only if it goes on", "#00795c")
-    ax.set_xlim(-0.5, 6.5)
-    ax.set_ylim(-2.3, 0.3)
+    figure, ax = plt.subplots(figsize=(7.6, 6.0))
+    for row, (question, no) in enumerate(_QUESTIONS):
+        last = not no
+        _box(ax, 0, -row, question, _BAD if last else _QUESTION)
+        if last:
+            continue
+        _arrow(ax, (0, -row - 0.22), (0, -row - 0.76), "yes")
+        _arrow(ax, (0.4, -row), (0.72, -row), "no")
+        _box(ax, 1.1, -row, no, _QUESTION if no.endswith("?") else _BAD)
+    _arrow(ax, (1.33, -3.9), (1.72, -3.6), "no")
+    _box(ax, 2.1, -3.5, "replay backward:\nedge of a function", _BAD)
+    _arrow(ax, (1.33, -4.1), (1.72, -4.4), "yes")
+    _box(ax, 2.1, -4.5, "the scaler skips it: a\nfault only if it goes on", "#00795c")
+    ax.set_xlim(-0.48, 2.58)
+    ax.set_ylim(-6.35, 0.35)
     ax.axis("off")
     return figure
 
 
 def _box(ax: "Axes", x: float, y: float, text: str, colour: str) -> None:
     style = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4}
-    ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=style, zorder=3)
+    ax.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style, zorder=3)
 
 
 def _arrow(ax: "Axes", start: tuple[float, float], end: tuple[float, float], word: str) -> None:
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#777777", "shrinkA": 0, "shrinkB": 0})
     x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
-    sideways = start[1] == end[1]
-    ax.text(x + (0 if sideways else 0.15), y + (0.1 if sideways else 0), word, fontsize=8, color="#444444", ha="center")
+    down = start[0] == end[0]
+    ax.text(x + (0.09 if down else 0), y + (-0.06 if down else 0.12), word, fontsize=10, color="#444444", ha="center")
 
 
 def health_history(reports: Sequence[Mapping[str, Any]]) -> "Figure":
