@@ -456,6 +456,7 @@ SCHEDULERS = {
     "restarts": lambda o: lr.CosineAnnealingWarmRestarts(o, 3, eta_min=0.01),
     "one cycle": lambda o: lr.OneCycleLR(o, max_lr=0.3, total_steps=40),
     "cyclic": lambda o: lr.CyclicLR(o, base_lr=0.1, max_lr=0.4, step_size_up=3),
+    "weight averaging": lambda o: optim.swa_utils.SWALR(o, swa_lr=0.05, anneal_epochs=9),
     "warm-up, then cosine": lambda o: lr.SequentialLR(
         o, [lr.LinearLR(o, 0.25, total_iters=6), lr.CosineAnnealingLR(o, 9)], milestones=[6]
     ),
@@ -473,7 +474,7 @@ def test_a_cut_rate_stays_at_half_of_the_uncut_one_whatever_the_scheduler(kind, 
         optimizer.step()
         scheduler = SCHEDULERS[kind](optimizer)
         path = []
-        for step in range(20):
+        for step in range(38):
             if step == 4:
                 scale_learning_rates([optimizer], [scheduler] if scheduler else [], factor)
             path.append(float(optimizer.param_groups[0]["lr"]) * (1 if step < 4 else 1 / factor))
