@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixprec_lab.loss_scaling import DynamicLossScaler
 from mixprec_lab.models import digits, transformer
 from mixprec_lab.nan_debugging import KINDS, Finding, NumericalStabilityMonitor
 from mixprec_lab.nan_debugging.detectors import MonitorDetector
@@ -184,6 +185,25 @@ def test_a_calibrating_scaler_is_handled_and_no_fault():
 
 
 # -- the loops it works in ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_our_scaler_updates_inside_of_its_step(explicit):
+    model = nn.Linear(8, 1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), DynamicLossScaler(256.0)
+    monitor = NumericalStabilityMonitor(model, optimizer, scaler)
+    for i in range(5):
+        with monitor.step(i):
+            loss = model(torch.randn(16, 8)).square().mean()
+            monitor.record_loss(loss)
+            optimizer.zero_grad()
+            scaler.scale_loss(loss).backward()
+            scaler.unscale_gradients(optimizer)
+            monitor.gradients_ready()
+            scaler.step(optimizer, update=not explicit)
+            if explicit:
+                scaler.update_scale()
+    assert monitor.faults == []
 
 
 def test_it_changes_nothing_about_the_training():

@@ -57,7 +57,7 @@ class Ledger:
         self._left: dict[int, int] = {}  # id of a parameter -> version of its gradient after the last backward
         self.schedulers: list[Any] = []  #: that stepped, in this step
         self._zeroed, self._ever_stepped, self._window_stepped = True, False, False
-        self._early_scheduler = False
+        self._early_scheduler = self._updated_inside = False
 
     def begin(self, optimizers: list[Any]) -> None:
         """A new step: forget what belongs to the last one, keep what is pending."""
@@ -214,13 +214,15 @@ class Ledger:
         """``scaler.step`` ran."""
         self.scaler_stepped = self._window_stepped = True
         if _enabled(scaler):
-            self._needs_update = True
+            self._needs_update, self._updated_inside = not self._updated_inside, False
             self._scaled_pending = False
             self._scaled.clear()
 
     def updated(self, scaler: Any) -> None:
         """``scaler.update()`` ran."""
-        if self._scaled_pending and not self._window_stepped:
+        if self._depth:
+            self._updated_inside = True  # ours: step() ends with the update
+        elif self._scaled_pending and not self._window_stepped:
             self.misuses.append(
                 Misuse("update_before_step", "scaler", "scaler.update",
                        "scaler.update() ran between backward and scaler.step(): the scale moves inside of a window")
