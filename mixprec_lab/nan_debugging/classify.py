@@ -85,7 +85,7 @@ def matters(event: Event, loss_bad: bool, gradients_bad: bool) -> bool:
 
 def place(event: Event) -> dict[str, str]:
     """Module and operation of an event, as a finding has them."""
-    outside = {"forward": "loss", "loss": "loss", "optimizer": "optimizer", "backward": "loss"}[event.phase]
+    outside = {"forward": "model", "loss": "loss", "optimizer": "optimizer", "backward": "loss"}[event.phase]
     return {"module": event.module or outside, "op": f"{event.op} ({event.node})" if event.node else event.op}
 
 

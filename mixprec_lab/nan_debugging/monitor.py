@@ -72,14 +72,14 @@ class NumericalStabilityMonitor(HealthMixin):
         self.history: list[dict[str, Any]] = []
         self.ledger = Ledger()
         self.sensors = Sensors(model)
-        self.scopes = Scopes(model, self.sensors.output)
+        self.tracer: Tracer | None = None
+        self.scopes = Scopes(model, self._note_output)
         self.examiner = Examiner(self)
         self._step: int | None = None  # the open one
         self._last = -1
         self._seen_steps = 0
         self._examined = False
         self._closed = False
-        self.tracer: Tracer | None = None
         self.ledger.on_optimizer = self._before_optimizer
         self.ledger.after_optimizer = self.examiner.after_optimizer
 
@@ -134,6 +134,13 @@ class NumericalStabilityMonitor(HealthMixin):
         if self._step is not None:
             raise RuntimeError(f"expected no open step, got step {self._step}")
         self._last = step - 1
+
+    def _note_output(self, path: str, module: nn.Module, output: Any) -> None:
+        if self.tracer is None:
+            self.sensors.output(path, module, output)
+        else:
+            with self.tracer.quiet():
+                self.sensors.output(path, module, output)
 
     def _phase(self) -> str:
         if self.ledger.phase == "optimizer":

@@ -81,8 +81,15 @@ class NonFinite:
         return any(not bool(x.isfinite().all()) for x in outputs)
 
     def _birth_after_input(self) -> Finding | None:
-        """What the traced step made of an input that is not finite."""
-        return None if self.m.tracer is None else self._masked(self.m.tracer.events, [])
+        """What the traced step tells of an input that is not finite: it was made in the step, or multiplied by zero."""
+        if self.m.tracer is None:
+            return None
+        events = [e for e in self.m.tracer.events if e.phase != "backward"]
+        births = [e for e in events if e.what == "birth"]
+        entered = [e for e in events if e.what == "entered"]
+        if births and (not entered or births[0].index < entered[0].index):
+            return birth_finding(births[0], kind_of_birth(births[0]), self.m._step)
+        return self._masked(events, [])
 
     def _masked(self, events: list[Event], births: list[Event]) -> Finding | None:
         """Infinities that were meant to be masked and were multiplied by zero."""
