@@ -23,7 +23,7 @@ def scale_chase(runs: Mapping[str, "ScalingRun"], fmt: FormatLike) -> "Axes":
     figure, (top, middle, bottom) = plt.subplots(3, 1, sharex=True, figsize=(7.6, 6.4), height_ratios=(3, 2, 1.6))
     first = next(iter(runs.values()))
     steps = range(len(first.amax))
-    top.semilogy(steps, first.amax, "o", color="#222222", markersize=4, label="amax", base=2)
+    top.semilogy(steps, first.amax, "o", color="#222222", markersize=4, label="amax", base=2, zorder=5)
     looks = zip(_LINES, ("#b0b0b0", "#222222", colour(fmt)), (4.5, 1.6, 1.8), strict=False)
     for (name, run), (style, tone, width) in zip(runs.items(), looks, strict=False):
         drawn = {"linestyle": style, "where": "mid", "color": tone, "linewidth": width, "label": name}
