@@ -37,6 +37,10 @@ def by_exponent(amax, emax):
     return 2.0 ** max(math.frexp(amax)[1] - 1 - emax, -127)
 
 
+def by_exact_looking_logarithm(amax, emax):
+    return 2.0 ** max(math.floor(math.log2(amax)) - emax, -127)
+
+
 def two_levels(x):
     amax = x.abs().amax(-1)
     tensor_scale = amax.max() / (6 * 448)
@@ -62,19 +66,20 @@ def test_a_right_answer_is_correct(check, right, capsys):
 @pytest.mark.parametrize(
     ("check", "wrong", "told"),
     [
-        (checks.own_blocks, own(lambda p: p.abs().mean(-1, keepdim=True) / 448), "a tensor of 256 values"),
-        (checks.own_blocks, own(lambda p: p.abs().max() / 448), "a tensor of 256 values"),
-        (checks.own_blocks, own(amax_scale, clamp=False), "a tensor of 16 values (nan"),
+        (checks.own_blocks, own(lambda p: p.abs().mean(-1, keepdim=True) / 448), "got 2.13115e+10 at [3, 0] for"),
+        (checks.own_blocks, own(lambda p: p.abs().max() / 448), "got -3.67002e+06 at [2, 45] for"),
+        (checks.own_blocks, own(amax_scale, clamp=False), "expected 0, got nan at [0, 0]"),
         (checks.mx_scale, lambda amax, emax: amax / 448, "expected 0.00390625, got 0.00223214"),
         (checks.mx_scale, lambda a, e: by_exponent(a * 1.999, e), "got 0.0078125 for mx_scale(1.9, 8)"),
         (checks.mx_scale, lambda a, e: 2.0 ** (math.frexp(a)[1] - 1 - e), "expected 5.87747e-39"),
-        (checks.mx_scale, by_logarithm, "expected 131072, got 262144"),
-        (checks.transposed_operand, lambda x: quantize_blocks(x, "tile_1x128").T, "a tensor of 32768 values"),
-        (checks.transposed_operand, lambda x: quantize_blocks(x, "tile_1x128", axis=0), "a tensor of 32768 values"),
-        (checks.dequantized, lambda q, s: (q.half() * s.half()).float(), "a tensor of 8 values"),
-        (checks.dequantized, lambda q, s: (q.bfloat16() * s.bfloat16()).float(), "a tensor of 8 values"),
-        (checks.nvfp4_scales, lambda x: quantize(x.abs().amax(-1) / 6, "fp8_e4m3"), "a tensor of 4 values"),
-        (checks.nvfp4_scales, lambda x: x.abs().amax(-1) / 6, "a tensor of 4 values"),
+        (checks.mx_scale, by_logarithm, "expected 131072, got 262144 for mx_scale(1048575.9375, 2)"),
+        (checks.mx_scale, by_exact_looking_logarithm, "expected 0.5, got 1 for mx_scale(255.99999999999997, 8)"),
+        (checks.transposed_operand, lambda x: quantize_blocks(x, "tile_1x128").T, "got 2.09995 at [206, 20]"),
+        (checks.transposed_operand, lambda x: quantize_blocks(x, "tile_1x128", axis=0), "[256, 128], got one of"),
+        (checks.dequantized, lambda q, s: (q.half() * s.half()).float(), "expected 4.17233e-07, got 0 at [0, 0]"),
+        (checks.dequantized, lambda q, s: (q.bfloat16() * s.bfloat16()).float(), "got 0.902344 at [1, 3] for"),
+        (checks.nvfp4_scales, lambda x: quantize(x.abs().amax(-1) / 6, "fp8_e4m3"), "got 0.171875 at [0] for"),
+        (checks.nvfp4_scales, lambda x: x.abs().amax(-1) / 6, "expected 44, got 44.8 at [2]"),
     ],
 )
 def test_the_usual_mistake_is_told_apart(check, wrong, told, capsys):

@@ -1,5 +1,6 @@
 """The exercises of the chapter ``speed``: right answers pass, and each usual mistake is told apart."""
 
+import math
 import statistics
 
 import pytest
@@ -61,10 +62,12 @@ def one_after_the_other(a, b, timer):
     return statistics.median(first) / statistics.median(timer(b) for _ in range(20))
 
 
-def tokens_by_formula(k, n, dtype, device):
+def tokens_by_formula(k, n, dtype, device, never=float("inf")):
     width, ridge = {"bf16": 2, "fp8": 1}[dtype], get_device(device).ridge(dtype)
-    m = ridge * width * k * n / (2 * k * n - ridge * (width * k + 2 * n))
-    return int(m) + (m > int(m))
+    growth = 2 * k * n - ridge * (width * k + 2 * n)
+    if growth <= 0 and never is not None:
+        return never
+    return math.ceil(ridge * width * k * n / growth)
 
 
 def inverse(whole, part):
@@ -99,6 +102,7 @@ def test_a_right_answer_is_correct(check, right, capsys):
         (checks.drift_free_ratio, lambda a, b, timer: timer(a) / timer(b), "for ratio("),
         (checks.drift_free_ratio, lambda a, b, timer: interleaved(b, a, timer), "expected 2, got 0.5"),
         (checks.ridge_tokens, lambda k, n, dtype, device: round(get_device(device).ridge(dtype)), "expected 345, got"),
+        (checks.ridge_tokens, lambda *a: tokens_by_formula(*a, never=None), "expected inf, got -991 for ridge_tokens("),
         (checks.share_of_step, lambda whole, part: (whole - 1) / (part - 1), "expected 0.544828, got 0.431034"),
     ],
 )  # fmt: skip

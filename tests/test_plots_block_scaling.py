@@ -1,13 +1,14 @@
 """Figures of the chapter ``block_scaling``: what they draw is what the numbers say."""
 
-from dataclasses import replace
+from itertools import combinations
 
 import matplotlib as mpl
 import pytest
 import torch
+from matplotlib.text import Text
 
 from mixprec_lab import plots
-from mixprec_lab.block_scaling import block_report, get_scheme
+from mixprec_lab.block_scaling import SCHEMES, block_report
 
 mpl.use("Agg")
 
@@ -42,11 +43,23 @@ def test_scale_rules_end_where_the_rules_end():
     assert ax.get_xlabel() and ax.get_ylabel()
 
 
-def test_bits_and_errors_label_every_point_and_no_two_labels_touch():
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    reports = [block_report(x, s) for s in ("per_tensor", "per_row", "mxfp8", "int8", replace(get_scheme("nvfp4")))]
+def _cross(a, b):
+    def turn(p, q, r):
+        return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
+
+    return turn(*a, b[0]) * turn(*a, b[1]) < 0 and turn(*b, a[0]) * turn(*b, a[1]) < 0
+
+
+def test_bits_and_errors_label_every_point_and_no_two_labels_touch_and_no_two_leaders_cross():
+    x = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    reports = [block_report(x, scheme) for scheme in SCHEMES]
     ax = plots.bits_and_errors(reports)
-    assert {t.get_text() for t in ax.texts} == {r.scheme.title for r in reports}
-    heights = sorted(t.get_position()[1] for t in ax.texts)
-    assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) > 1.4
+    assert {t.get_text(): t.xy for t in ax.texts} == {r.scheme.title: (r.bits_per_value, r.sqnr_db) for r in reports}
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(t) for t in ax.texts]
+    frame = ax.figure.bbox
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+    leaders = [(t.xy, t.get_position()) for t in ax.texts]
+    assert not any(_cross(a, b) for a, b in combinations(leaders, 2))
     assert sorted(line.get_ydata()[0] for line in ax.lines) == pytest.approx(sorted(r.sqnr_db for r in reports))

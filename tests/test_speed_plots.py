@@ -7,7 +7,7 @@ import pytest
 from test_speed_records import record
 
 from mixprec_lab import plots
-from mixprec_lab.speed import DEVICES, Split, amdahl, roofline
+from mixprec_lab.speed import DEVICES, Expected, Split, amdahl, expected_fp8_speedup, roofline
 
 mpl.use("Agg")
 
@@ -36,12 +36,23 @@ def test_roofs_turn_at_the_ridge_and_points_lie_on_or_under_them():
     assert ax.get_xlabel() and ax.get_ylabel() and "3.35 TB/s" in ax.get_title()
 
 
-def test_bars_stack_to_the_total():
-    split = Split(1e-3, 2e-3, 3e-3, 4e-3)
-    ax = plots.time_splits({"a": split, "b": Split(1e-3, 0, 0, 0)})
-    ends = [p.get_x() + p.get_width() for p in ax.patches]
-    assert max(ends) == pytest.approx(split.total * 1e3) and len(ax.patches) == 8
-    assert "ms" in ax.get_xlabel() or "milliseconds" in ax.get_xlabel()
+def test_bars_stack_to_the_share_of_the_bf16_time():
+    small = Expected(Split(1e-3, 1e-3, 0, 0), Split(1e-3, 2e-3, 3e-3, 4e-3), 0.2)
+    large = Expected(Split(8e-3, 0, 0, 0), Split(4e-3, 0, 0, 0), 2.0)
+    ax = plots.time_splits({"small": small, "large": large})
+    ends = [max(p.get_x() + p.get_width() for p in ax.patches[i::4]) for i in range(4)]
+    assert ends == pytest.approx([100, 500, 100, 50])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["BF16, small", "FP8, small", "BF16, large", "FP8, large"]
+    assert "% of the BF16 time" in ax.get_xlabel()
+
+
+def test_the_legend_names_only_parts_that_have_a_visible_bar():
+    runs = {str(n): expected_fp8_speedup(n, n, n, "h100", "current") for n in (1024, 2048, 4096)}
+    ax = plots.time_splits(runs)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["arithmetic", "memory", "casts"]
+    for bars in ax.containers:
+        assert max(bar.get_width() for bar in bars) > 5
 
 
 def test_amdahls_curves_are_amdahls():

@@ -1,5 +1,6 @@
 """The one line that an exercise prints: correct, not done, or what was expected and what came."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -8,11 +9,15 @@ Case = tuple[tuple, object]
 
 
 def show(x: object) -> str:
-    """``x`` as the verdict prints it: six digits, a tensor by its size and first value."""
+    """``x`` as the verdict prints it: six digits, all of them just beside an integer, a tensor by size and first value.
+    """
     if isinstance(x, torch.Tensor):
         x = x.detach().flatten()
         return show(x.item()) if x.numel() == 1 else f"a tensor of {x.numel()} values ({show(x[0])}, ...)"
-    return f"{x:.6g}" if isinstance(x, float) else repr(x)
+    if not isinstance(x, float):
+        return repr(x)
+    beside = math.isfinite(x) and x != round(x) and math.isclose(x, round(x), rel_tol=1e-7)
+    return repr(x) if beside else f"{x:.6g}"
 
 
 def same(got: object, expected: object, relative: float) -> bool:
@@ -26,8 +31,22 @@ def same(got: object, expected: object, relative: float) -> bool:
     return got.shape == expected.shape and torch.allclose(got, expected, rtol=relative, atol=0, equal_nan=True)
 
 
-def check(function: Callable, cases: Iterable[Case], relative: float = 0.0) -> None:
-    """Print the verdict on ``function`` over ``cases``: (arguments, expected result), drawn one by one."""
+def farthest(got: object, expected: object) -> str:
+    """Expected and got value where two tensors differ most, with its index; or their shapes; or what is no tensor."""
+    if not (isinstance(got, torch.Tensor) and isinstance(expected, torch.Tensor)):
+        return f"expected {show(expected)}, got {show(got)}"
+    if got.shape != expected.shape:
+        return f"expected a tensor of shape {list(expected.shape)}, got one of shape {list(got.shape)}"
+    distance = (got.detach().double() - expected.double()).abs().nan_to_num(nan=math.inf)
+    at = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
+    return f"expected {show(expected[at])}, got {show(got[at])} at {list(at)}"
+
+
+def check(function: Callable, cases: Iterable[Case], relative: float = 0.0, by_element: bool = False) -> None:
+    """Print the verdict on ``function`` over ``cases``: (arguments, expected result), drawn one by one.
+
+    ``by_element``: of a wrong tensor, show the value that is farthest off instead of the first.
+    """
     for arguments, expected in cases:
         try:
             got = function(*arguments)
@@ -40,6 +59,7 @@ def check(function: Callable, cases: Iterable[Case], relative: float = 0.0) -> N
             return
         if not same(got, expected, relative):
             call = f"{function.__name__}({', '.join(map(show, arguments))})"
-            print(f"Not yet: expected {show(expected)}, got {show(got)} for {call}")
+            told = farthest(got, expected) if by_element else f"expected {show(expected)}, got {show(got)}"
+            print(f"Not yet: {told} for {call}")
             return
     print("Correct.")

@@ -1,5 +1,6 @@
 """The exercises of the chapter ``block_scaling``."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ def own_blocks(function: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
         return (x, block), quantize_blocks(x, replace(get_scheme("tile_1x128"), block=(1, block)))
 
     zeros = torch.zeros(2, 8)
-    check(function, [case(4, 64, 32, 0), case(3, 256, 128, 1), case(5, 12, 4, 2), ((zeros, 4), zeros)], relative=1e-6)
+    cases = [case(4, 64, 32, 0), case(3, 256, 128, 1), case(5, 12, 4, 2), ((zeros, 4), zeros)]
+    check(function, cases, relative=1e-6, by_element=True)
 
 
 def mx_scale(function: Callable[[float, int], float]) -> None:
@@ -38,7 +40,8 @@ def mx_scale(function: Callable[[float, int], float]) -> None:
         ((6.5, 2), 1.0),
         ((0.3, 2), 2.0**-4),
         ((2.0**-130, 8), 2.0**-127),
-        ((float(torch.tensor(2.0**20).nextafter(torch.tensor(0.0))), 2), 2.0**17),
+        ((float(torch.tensor(2.0**20).nextafter(torch.tensor(0.0))), 2), 2.0**17),  # a logarithm in FP32 rounds up
+        ((math.nextafter(256.0, 0.0), 8), 0.5),  # and one in FP64
     ]
     check(function, cases)
 
@@ -47,7 +50,7 @@ def transposed_operand(function: Callable[[torch.Tensor], torch.Tensor]) -> None
     """``block_scaling``: the transposed tensor, quantized along the axis that its product sums over."""
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(shape, generator=generator) for shape in ((128, 256), (64, 96))]
-    check(function, (((x,), quantize_blocks(x.T.contiguous(), "tile_1x128")) for x in samples))
+    check(function, (((x,), quantize_blocks(x.T.contiguous(), "tile_1x128")) for x in samples), by_element=True)
 
 
 def dequantized(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -58,7 +61,8 @@ def dequantized(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) 
         scale = torch.tensor(scales).unsqueeze(1)
         return (elements.to(torch.float8_e4m3fn), scale), elements.double() * scale.double()
 
-    check(function, [case([1.0, 0.25]), case([2.0**-30, 2.0**-60]), case([2.0**10, 0.1])], relative=1e-6)
+    cases = [case([1.0, 0.25]), case([2.0**-30, 2.0**-60]), case([2.0**10, 0.1])]
+    check(function, cases, relative=1e-6, by_element=True)
 
 
 def nvfp4_scales(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -69,4 +73,4 @@ def nvfp4_scales(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         stored = block_quantize(x, "nvfp4")
         return (x,), stored.scales.flatten() * stored.tensor_scale
 
-    check(function, [case(6 * 448.0), case(1.0), case(1e-5), case(1e6)], relative=1e-6)
+    check(function, [case(6 * 448.0), case(1.0), case(1e-5), case(1e6)], relative=1e-6, by_element=True)

@@ -1,19 +1,19 @@
 """Figures of the chapter ``block_scaling``: blocks, outliers, scale rules, bits against error."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from mixprec_lab.block_scaling import BlockReport, BlockScheme, SchemeLike, block_scales, get_scheme
+from mixprec_lab.block_scaling import BlockReport, SchemeLike, block_scales, get_scheme
 from mixprec_lab.plots.style import axes, colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LINES = ("-", "--", "-.", ":")
+_LINE = 1.5  # decibels: as high as a line of text in ``bits_and_errors``
 _MARKS = ("o", "s", "^", "D", "v", "P")
 #: the rules agree over most of a binade: the wide line lies below the narrow ones
 _RULES = {"floor": ("#e39ab5", "-", 7), "even": ("#d9a400", "-", 3.5), "round_up": ("#0b3c68", "--", 1.5)}
@@ -77,15 +77,34 @@ def scale_rules(scheme: SchemeLike, rules: Sequence[str]) -> "Axes":
 def bits_and_errors(reports: Sequence[BlockReport]) -> "Axes":
     """Signal-to-noise ratio against bits per value, a labelled point a scheme."""
     ax = axes()
-    level = math.inf
-    for report in sorted(reports, key=lambda r: -r.sqnr_db):
-        scheme: BlockScheme = report.scheme
-        point = report.bits_per_value, report.sqnr_db
-        level = min(point[1], level - 1.5)  # decibels: as high as a line of text, so that no name lies on another
-        ax.plot(*point, "o", color=colour(scheme.element), markersize=7)
-        arrow = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.8, "shrinkB": 4}
-        at = (max(r.bits_per_value for r in reports if r.bits_per_value < point[0] + 0.6) + 0.4, level)
-        ax.annotate(scheme.title, point, xytext=at, va="center", fontsize=9, arrowprops=arrow)
+    for group in _neighbours(reports):
+        bits = [r.bits_per_value for r in group]
+        middle = (min(bits) + max(bits)) / 2
+        right = [r for r in group if r.bits_per_value >= middle]
+        _labels(ax, right, max(bits) + 0.3, "left")
+        _labels(ax, [r for r in group if r.bits_per_value < middle], min(bits) - 0.3, "right")
     ax.set(xlabel="bits per value, scales included", ylabel="SQNR, dB")
     ax.set_xlim(right=ax.get_xlim()[1] + 1.2)
     return ax
+
+
+def _neighbours(reports: Sequence[BlockReport]) -> list[list[BlockReport]]:
+    """The reports from the best ratio down, those together whose names would lie on one another."""
+    groups: list[list[BlockReport]] = []
+    for report in sorted(reports, key=lambda r: -r.sqnr_db):
+        last = groups[-1][-1] if groups else None
+        if last and last.sqnr_db - report.sqnr_db < _LINE and abs(last.bits_per_value - report.bits_per_value) < 0.6:
+            groups[-1].append(report)
+        else:
+            groups.append([report])
+    return groups
+
+
+def _labels(ax: "Axes", reports: Sequence[BlockReport], x: float, side: str) -> None:
+    """Points, and their names at ``x`` in the order of the points, one line apart, so that no two leaders cross."""
+    for i, report in enumerate(reports):
+        point = report.bits_per_value, report.sqnr_db
+        ax.plot(*point, "o", color=colour(report.scheme.element), markersize=7)
+        level = sum(r.sqnr_db for r in reports) / len(reports) + ((len(reports) - 1) / 2 - i) * _LINE
+        arrow = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.8, "shrinkB": 4}
+        ax.annotate(report.scheme.title, point, xytext=(x, level), ha=side, va="center", fontsize=9, arrowprops=arrow)

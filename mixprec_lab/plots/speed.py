@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mixprec_lab.plots.style import axes, colour
-from mixprec_lab.speed import PARTS, Device, Split, amdahl, get_device, roofline
+from mixprec_lab.speed import PARTS, Device, Expected, amdahl, get_device, roofline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,12 +45,14 @@ def rooflines(
     return ax
 
 
-def time_splits(splits: Mapping[str, Split], ax: "Axes | None" = None) -> "Axes":
-    """One stacked bar a split, in milliseconds, by what the time is spent on."""
+def time_splits(runs: Mapping[str, Expected], ax: "Axes | None" = None) -> "Axes":
+    """Two stacked bars a run, BF16 and FP8, by what the time is spent on, in percent of the BF16 time of that run."""
+    splits = {f"{dtype}, {name}": (split, run.before.total) for name, run in runs.items()
+              for dtype, split in (("BF16", run.before), ("FP8", run.after))}  # fmt: skip
     ax = axes(ax, 0.42 * len(splits) + 1.4)
     ends = [0.0] * len(splits)
     for part in PARTS:
-        sizes = [getattr(split, part) * 1e3 for split in splits.values()]
+        sizes = [100 * getattr(split, part) / whole for split, whole in splits.values()]
         if any(sizes):
             ax.barh(list(splits), sizes, left=ends, height=0.66, color=PART_COLOURS[part][0], label=part,
                     edgecolor="white", linewidth=0.8)  # fmt: skip
@@ -58,7 +60,8 @@ def time_splits(splits: Mapping[str, Split], ax: "Axes | None" = None) -> "Axes"
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.invert_yaxis()
-    ax.set_xlabel("milliseconds, by the model")
+    ax.axvline(100, color="#222222", linestyle="--", linewidth=1.2)
+    ax.set_xlabel("% of the BF16 time of the same size, by the model")
     ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0)
     return ax
 
