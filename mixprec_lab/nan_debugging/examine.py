@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from mixprec_lab.nan_debugging.lint import lint_inputs, lint_moments, lint_optim
 from mixprec_lab.nan_debugging.nonfinite import NonFinite
 from mixprec_lab.nan_debugging.replay import replay
 from mixprec_lab.nan_debugging.scopes import tensors_in
+from mixprec_lab.nan_debugging.sensors import measurable
 from mixprec_lab.nan_debugging.tracer import Event, dtype_of
 from mixprec_lab.nan_debugging.updates import UpdateWatch
 
@@ -70,7 +71,7 @@ class Examiner:
         """Read what was measured so far in this step, and judge it.  Gradients are ready, parameters not yet moved."""
         read = self._read()
         self.loss_bad = any(not math.isfinite(v) for _, v in read["loss"])
-        bad_gradients = [name for name, v in read["gradient"] if not math.isfinite(v)]
+        bad_gradients = self._confirmed(read["gradient"], lambda p: p.grad)
         self.gradients_bad = bool(bad_gradients)
         self.nonfinite.note_growth(step, read["parameter"])
         scale = read["scale"][0][1] if read["scale"] else None
@@ -89,40 +90,47 @@ class Examiner:
         s.norms("parameter", parameters)
         s.norms("buffer", dict(m.model.named_buffers()))
         for x in self._inputs():
-            if x.is_floating_point() and x.numel():
+            if measurable(x):
                 s.note("input", dtype_of(x), _magnitude(x))
         for call in m.scopes.calls:
             for x in call.outputs:
-                if x.is_floating_point() and x.numel():
+                if measurable(x):
                     s.note("root", call.path, _magnitude(x))
         ledger = m.ledger
         for kind, values in (("clip", ledger.total_norms), ("stale", ledger.stale), ("touched", ledger.touched)):
             for value in values:
                 s.note(kind, kind, value)
         for before, after in m.ledger.scale_inputs:
-            s.note("unscaled", dtype_of(before), before.float().abs().max())
-            s.note("scaled", dtype_of(after), after.float().abs().max())
-        if m.ledger.root is not None:
-            s.note("backward_root", dtype_of(m.ledger.root), m.ledger.root.float().abs().max())
+            s.note("unscaled", dtype_of(before), before.double().abs().max())
+            s.note("scaled", dtype_of(after), after.double().abs().max())
+        if m.ledger.root is not None and measurable(m.ledger.root):
+            s.note("backward_root", dtype_of(m.ledger.root), m.ledger.root.double().abs().max())
         scale = scale_of(m.ledger.scaler) if m.ledger.scaler is not None else None
         if scale is not None:
             s.note("scale", "scale", scale.max())
         return s.read()
+
+    def _confirmed(self, norms: list[tuple[str, float]], tensor_of: Callable) -> list[str]:
+        """The names whose norm is not finite because an element is not; a norm may also be too large for FP32."""
+        named = dict(self.m.model.named_parameters())
+        bad = [name for name, v in norms if not math.isfinite(v)]
+        return [name for name in bad if not bool(tensor_of(named[name]).isfinite().all())]
 
     def _inputs(self) -> list[torch.Tensor]:
         return [x for call in self.m.scopes.calls for x in tensors_in((call.args, call.kwargs))]
 
     def _judge_values(self, step: int, read: Read, bad_gradients: list[str], scale: float | None) -> None:
         """What is not finite, from its source on: parameters, inputs, outputs, loss, gradients."""
-        kinds = ("parameter", "output", "root", "input")
+        kinds = ("output", "root", "input")
         bad = {kind: [n for n, v in read[kind] if not math.isfinite(v)] for kind in kinds}
-        harmed = self.loss_bad or self.gradients_bad or bad["root"] or bad["output"]
+        bad["parameter"] = self._confirmed(read["parameter"], lambda p: p)
+        harmed = self.loss_bad or self.gradients_bad  # masks and logits may be infinite where neither is
         judge = self.nonfinite
         if bad["parameter"]:
             self.add_all(judge.parameters(step, bad["parameter"]))
         elif bad["input"] and harmed and (found := judge.inputs(step)) is not None:
             self.add(found)
-        elif (bad["output"] or bad["root"]) and (self.loss_bad or self.gradients_bad or not bad["input"]):
+        elif (bad["output"] or bad["root"]) and harmed:
             self.add(judge.forward(step, bad["output"] or bad["root"]))
         elif self.loss_bad:
             self.add(judge.loss(step))
@@ -257,7 +265,8 @@ class Examiner:
         """After the last step: what was not read yet, and parameters that it left not finite."""
         read = self.m.sensors.read()
         self.add_all(self.updates.judge(read["update"]))
-        bad = [n for n, p in self.m.model.named_parameters() if not bool(p.detach().isfinite().all())]
+        named = [(n, p) for n, p in self.m.model.named_parameters() if measurable(p)]
+        bad = [n for n, p in named if not bool(p.detach().isfinite().all())]
         if self.m._last >= 0 and bad:
             self.add_all(self.nonfinite.parameters(self.m._last + 1, bad))
 
@@ -266,7 +275,9 @@ class Examiner:
         return {"output_norms": dict(self.output_norms), **self.nonfinite.state(), **self.habits.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take baselines back."""
+        """Take baselines back; ValueError for other keys, and nothing is changed then."""
+        if set(state) != set(self.state()):
+            raise ValueError(f"expected baselines {', '.join(sorted(self.state()))}, got {', '.join(sorted(state))}")
         self.output_norms = dict(state["output_norms"])
         self.nonfinite.load(state)
         self.habits.load(state)
@@ -288,4 +299,4 @@ _ERRORS = (
 
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
     low, high = torch.aminmax(x.detach())
-    return torch.maximum(-low.float(), high.float())
+    return torch.maximum(-low.double(), high.double())

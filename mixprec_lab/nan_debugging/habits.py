@@ -1,6 +1,5 @@
 """Faults of the loop that need a memory: state that was not restored, parameters that nobody steps, schedules."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +7,8 @@ import torch
 
 from mixprec_lab.nan_debugging.findings import Finding, finding
 from mixprec_lab.nan_debugging.lint import LOW
+from mixprec_lab.nan_debugging.scopes import tensors_in
+from mixprec_lab.nan_debugging.sensors import measurable
 
 if TYPE_CHECKING:
     from mixprec_lab.nan_debugging.monitor import NumericalStabilityMonitor
@@ -21,8 +22,8 @@ class Habits:
         self.known_scale: float | None = None
         self.ages: dict[int, float] = {}  # id of a parameter -> steps its optimizer had made
         self.moments: dict[int, int] = {}  # id of a parameter -> id of its second moment
-        self.epochs: tuple[Any, int] | None = None  # the scheduler, and how far it was
-        self.rate = math.inf  # the last learning rate that a scheduler left
+        self.epochs: dict[int, int] = {}  # id of a scheduler -> how far it was
+        self.owners: dict[int, Any] = {}  # id of a parameter -> the optimizer that stepped it
         self.versions: dict[str, int] = {}
 
     # -- scaler --------------------------------------------------------------------------------------------------------
@@ -56,7 +57,8 @@ class Habits:
         if any(v > 0 for _, v in read["stale"]):
             evidence = "backward added to gradients that the last optimizer step had used: nothing set them to zero"
             yield finding("zero_grad_missing", "fault", step, evidence, module="optimizer", op="zero_grad")
-        if any(v > 0 for _, v in read["touched"]):
+        by_hand = self.m.ledger.used_scaler or self.m.examiner.nonfinite.scaled_by_hand(read) is not None
+        if by_hand and any(v > 0 for _, v in read["touched"]):
             evidence = "gradients were changed after one backward pass, and a later one added to them"
             where = {"module": "scaler", "op": "unscale_, div, backward"}
             yield finding("unscale_per_micro_batch", "fault", step, evidence, **where)
@@ -65,15 +67,25 @@ class Habits:
             yield from self._orphans(step)
 
     def _without_gradients(self, step: int) -> Iterator[Finding]:
-        """Modules that ran with gradients switched off inside of a call that had them on."""
+        """Modules that ran with gradients switched off, although what they made is trained on."""
         owned = {id(p) for o in self.m.optimizers for p in _parameters(o)}
-        for path in self.m.sensors.without_grad:
-            module = self.m.model.get_submodule(path)
-            trainable = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) in owned]
+        modules = {path: self.m.model.get_submodule(path) for path in [*self.m.sensors.without_grad, *self._cut_off()]}
+        for path, module in modules.items():
+            trainable = [p for p in module.parameters() if p.requires_grad and id(p) in owned]
             if trainable and all(p.grad is None for p in trainable):
                 evidence = f"{path} ran under no_grad, and the optimizer holds {len(trainable)} of its parameters"
                 yield finding("no_gradients", "fault", step, evidence, module=path, op="no_grad")
                 return
+
+    def _cut_off(self) -> Iterator[str]:
+        """Outermost calls without gradients whose output went into a later call with gradients."""
+        made: dict[int, str] = {}
+        for call in self.m.scopes.calls:
+            if call.grad:
+                given = [x.data_ptr() for x in tensors_in((call.args, call.kwargs)) if measurable(x)]
+                yield from (made[place] for place in given if place in made)
+            else:
+                made |= {x.data_ptr(): call.path for x in call.outputs if measurable(x)}
 
     def _orphans(self, step: int) -> Iterator[Finding]:
         """Parameters with gradients in no optimizer, while an optimizer holds others that are not the model's."""
@@ -101,16 +113,18 @@ class Habits:
         for p in parameters[:1]:
             before = self.ages.get(id(p), 0.0)
             age = _age(optimizer.state.get(p, {}), before)
-            if before > 2 and age < before / 2 and _keeps_state(optimizer):
+            same = self.owners.get(id(p)) is optimizer  # another one may be meant to start afresh
+            if same and before > 2 and age < before / 2 and _keeps_state(optimizer):
                 evidence = f"these parameters had been stepped {before:.0f} times, their state is of step {age:.0f}"
                 where = {"module": "optimizer", "op": "state_dict exp_avg"}
                 yield finding("optimizer_state_not_restored", "fault", step, evidence, **where)
-            self.ages[id(p)] = age + 1
+            self.ages[id(p)], self.owners[id(p)] = age + 1, optimizer
         for p in parameters[:1]:
             moment = optimizer.state.get(p, {}).get("exp_avg_sq")
-            known, self.moments[id(p)] = self.moments.get(id(p)), id(moment)
-            if known is not None and known != id(moment) and isinstance(moment, torch.Tensor):
-                yield from self._replaced_state(step, optimizer, parameters)
+            if isinstance(moment, torch.Tensor):
+                known, self.moments[id(p)] = self.moments.get(id(p)), id(moment)
+                if known is not None and known != id(moment):
+                    yield from self._replaced_state(step, optimizer, parameters)
 
     def _replaced_state(self, step: int, optimizer: Any, parameters: list) -> Iterator[Finding]:
         """The state of an optimizer is not the tensors it was: it was loaded, and may have been cast on the way."""
@@ -137,14 +151,12 @@ class Habits:
 
     def _scheduler(self, step: int, scheduler: Any) -> Iterator[Finding]:
         epoch = int(getattr(scheduler, "_step_count", 0))
-        known = self.epochs
-        rate = float(scheduler.optimizer.param_groups[0]["lr"])
-        resumed = known is not None and (known[0] is scheduler or rate > 1.5 * self.rate)  # else: one after another
-        if resumed and known[1] >= 4 and epoch < known[1] / 2:
-            evidence = f"the schedule had come to {known[1]}, and starts again at {epoch}"
+        known = self.epochs.get(id(scheduler))
+        if known is not None and known >= 4 and epoch < known / 2:
+            evidence = f"the schedule had come to {known}, and starts again at {epoch}"
             where = {"module": "scheduler", "op": "state_dict lr"}
             yield finding("scheduler_state_not_restored", "fault", step, evidence, **where)
-        self.epochs, self.rate = (scheduler, epoch), rate
+        self.epochs[id(scheduler)] = epoch
 
     def _masters(self, step: int) -> Iterator[Finding]:
         """An optimizer stepped copies of the parameters, and the parameters were not written."""
@@ -152,7 +164,8 @@ class Habits:
         before, self.versions = self.versions, {n: p._version for n, p in named.items()}
         ours = {id(p) for p in named.values()}
         outside = [p for o in self.m.ledger.stepped for p in _parameters(o) if p.grad is not None]
-        if not before or not outside or any(id(p) in ours for p in outside):
+        trained = self.m.scopes.calls and any(p.grad is not None for p in named.values())
+        if not before or not outside or not trained or any(id(p) in ours for p in outside):
             return
         shapes = [tuple(p.shape) for p in outside]
         if all(tuple(p.shape) in shapes for p in named.values()) and before == self.versions:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixprec_lab.nan_debugging.ledger import scale_of
+from mixprec_lab.nan_debugging.sensors import measurable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,8 @@ class HealthMixin:
 
         Raises TypeError for a loss that is no number, ValueError for one with several elements.
         """
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"expected the step as a whole number, got {type(step).__name__}")
         if isinstance(loss, torch.Tensor) and loss.numel() != 1:
             raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}: reduce it first")
         if isinstance(loss, bool) or not isinstance(loss, torch.Tensor | int | float):
@@ -48,7 +51,7 @@ class HealthMixin:
 
     def _measure(self, loss: Any) -> tuple[float, dict[str, tuple[float, int, int]], float | None]:
         """Loss, norms and counts, in one read."""
-        value = loss.detach().float().reshape(()) if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
+        value = torch.as_tensor(loss).detach().double().reshape(())
         parameters = list(self.model.parameters())
         groups = {"grad": [p.grad for p in parameters if p.grad is not None], "param": parameters}
         numbers = [value]
@@ -90,7 +93,7 @@ def _numbers(tensors: list[torch.Tensor], like: torch.Tensor) -> list[torch.Tens
     """Norm over finite values, NaN and infinities of a list of tensors, on their device."""
     square = nan = inf = torch.zeros((), dtype=torch.float64, device=like.device)
     for t in tensors:
-        if t.is_floating_point() and t.numel():
+        if measurable(t):
             wide = t.detach().double()
             square = square.to(t.device) + wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().sum()
             nan, inf = nan.to(t.device) + wide.isnan().sum(), inf.to(t.device) + wide.isinf().sum()

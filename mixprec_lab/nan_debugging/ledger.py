@@ -4,14 +4,10 @@ The calls of a step are noted while it lasts: GradScaler (torch's and ours), cli
 No tensor is touched, so this costs nothing; and faults of order are silent, so no tool that looks at numbers sees them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils import clip_grad
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 #: operations through which a scaled loss may pass and still be the scaled loss
 _LINEAR = ("Add", "Sub", "Mul", "Div", "Neg", "Sum", "Mean", "Stack", "ToCopy", "View", "Squeeze", "Unsqueeze")
@@ -49,6 +45,7 @@ class Ledger:
         self._unscaled: set[int] = set()
         self._needs_update = False
         self._roots: list[tuple[Any, bool, bool]] = []
+        self._before_backward: dict[int, tuple[int, int]] = {}
         self._known_scale: float | None = None
         self._optimizers: list[Any] = []
         self.root: torch.Tensor | None = None
@@ -56,7 +53,7 @@ class Ledger:
         self.touched: list[torch.Tensor] = []  #: gradients that were changed between two backward passes
         self._left: dict[int, int] = {}  # id of a parameter -> version of its gradient after the last backward
         self.schedulers: list[Any] = []  #: that stepped, in this step
-        self._zeroed, self._ever_stepped, self._window_stepped = True, False, False
+        self._used, self._ever_stepped, self._window_stepped = False, False, False
         self._early_scheduler = self._updated_inside = False
 
     def begin(self, optimizers: list[Any]) -> None:
@@ -98,11 +95,13 @@ class Ledger:
             self.root = root.detach()
             with_scale, without = _terms(root.grad_fn, scaled_nodes)
             self._roots.append((root.grad_fn, with_scale, without))
+        held = [p for o in self._optimizers for p in _parameters(o) if p.grad is not None]
+        self._before_backward = {id(p): (id(p.grad), p.grad._version) for p in held}
         if self.used_scaler and any(with_scale for _, with_scale, _ in self._roots):
             self._look_for_partial_scaling()
-            known = [o for o in self._optimizers if id(o) in self._scaled]
+            known = [o for o in self._optimizers if self._scaled.get(id(o))]
             rescaled = [o for o in known if not self._still_scaled(o, _parameters(o))]
-            if self._unscaled or rescaled:
+            if self._roots[-1][1] and (self._unscaled or rescaled):
                 self.misuses.append(
                     Misuse("unscale_per_micro_batch", "scaler", "scaler.unscale_",
                            "a scaled backward added to gradients that were unscaled already")
@@ -114,18 +113,32 @@ class Ledger:
         self.phase = "loss"
         held = [p for o in self._optimizers for p in _parameters(o) if p.grad is not None]
         self._left = {id(p): p.grad._version for p in held}
-        if self.used_scaler and any(with_scale for _, with_scale, _ in self._roots):
-            self._scaled_pending = True
-            for optimizer in self._optimizers:
-                owned = [p for p in _parameters(optimizer) if p.grad is not None]
-                self._scaled[id(optimizer)] = {id(p): p.grad._version for p in owned}
+        fresh = [p for p in held if self._before_backward.get(id(p)) != (id(p.grad), p.grad._version)]
+        with_scale = bool(self._roots) and self._roots[-1][1]
+        self._scaled_pending |= with_scale
+        for optimizer in self._optimizers:
+            own = {id(p) for p in _parameters(optimizer)}
+            known = self._scaled.setdefault(id(optimizer), {})
+            for p in fresh:
+                if id(p) in own and with_scale:
+                    known[id(p)] = p.grad._version
+                elif id(p) in own:
+                    known.pop(id(p), None)
+
+    def rescaled(self, tensors: list[torch.Tensor]) -> None:
+        """An operation on many tensors at once changed ``tensors`` in place; a trace keeps that from counting."""
+        changed = {id(t) for t in tensors}
+        for optimizer in self._optimizers:
+            for p in _parameters(optimizer):
+                if p.grad is not None and id(p.grad) in changed:
+                    self._scaled.get(id(optimizer), {}).pop(id(p), None)
+                    self._left.pop(id(p), None)
 
     def _look_for_stale_gradients(self) -> None:
         """Gradients that the last step has used already, and that backward is about to add to."""
-        if self._ever_stepped and not self._zeroed and not self._scaled_pending and self.root is None:
+        if self._used and not self._scaled_pending and self.root is None:
             old = [p.grad for o in self._optimizers for p in _parameters(o) if p.grad is not None][:4]
             self.stale += [g.detach().float().abs().max() for g in old if not g.is_sparse and g.numel()]
-        self._zeroed = False
 
     def _look_for_touched_gradients(self) -> None:
         """Gradients that somebody rescaled after one backward pass, and that another is about to add to."""
@@ -136,21 +149,23 @@ class Ledger:
     def zeroed(self) -> None:
         """``zero_grad`` ran."""
         self._left.clear()
-        self._zeroed = True
+        self._used = False
         self._scaled.clear()
         self._scaled_pending = False
 
     def _look_for_partial_scaling(self) -> None:
-        with_scale = any(w for _, w, _ in self._roots)
-        without = any(n for _, _, n in self._roots)
+        roots = self._roots if len(self._optimizers) == 1 else self._roots[-1:]  # others may have losses of their own
+        with_scale, without = any(w for _, w, _ in roots), any(n for _, _, n in roots)
         if with_scale and without and not any(m.kind == "partial_loss_scaling" for m in self.misuses):
             self.misuses.append(
                 Misuse("partial_loss_scaling", "scaler", "scaler.scale",
                        "backward ran from a sum of scaled and unscaled losses, or from both in one step")
             )  # fmt: skip
 
-    def unscaled(self, optimizer: Any) -> None:
+    def unscaled(self, scaler: Any, optimizer: Any) -> None:
         """``scaler.unscale_(optimizer)`` ran."""
+        if not _enabled(scaler):
+            return
         self._unscaled.add(id(optimizer))
         self._scaled.pop(id(optimizer), None)
 
@@ -205,13 +220,18 @@ class Ledger:
 
     def optimizer_stepped(self, optimizer: Any) -> None:
         """An optimizer has stepped."""
-        self.phase, self._ever_stepped, self._zeroed = "loss", True, False
+        self.phase, self._ever_stepped, self._used = "loss", True, True
         self._left.clear()
         self.after_optimizer(optimizer)
         self._scaled.pop(id(optimizer), None)
 
+    def scaler_step_begins(self) -> None:
+        """``scaler.step`` starts."""
+        self._depth += 1
+
     def scaler_steps(self, scaler: Any) -> None:
         """``scaler.step`` ran."""
+        self._depth -= 1
         self.scaler_stepped = self._window_stepped = True
         if _enabled(scaler):
             self._needs_update, self._updated_inside = not self._updated_inside, False
@@ -220,6 +240,8 @@ class Ledger:
 
     def updated(self, scaler: Any) -> None:
         """``scaler.update()`` ran."""
+        if not _enabled(scaler):
+            return
         if self._depth:
             self._updated_inside = True  # ours: step() ends with the update
         elif self._scaled_pending and not self._window_stepped:
@@ -236,127 +258,14 @@ class Ledger:
             self.scales.append(scale)
 
     def scheduler_stepped(self, scheduler: Any) -> None:
-        """A learning-rate scheduler stepped."""
+        """A learning-rate scheduler stepped; the first step is that of its constructor."""
+        if getattr(scheduler, "last_epoch", 1) == 0:
+            return
         self.events.append(("scheduler",))
         self.schedulers.append(scheduler)
-        if not self._ever_stepped and not self.scaler_stepped and not self.stepped:
+        fresh = not getattr(getattr(scheduler, "optimizer", None), "state", None)
+        if fresh and not self._ever_stepped and not self.scaler_stepped and not self.stepped:
             self._early_scheduler = True
-
-    # -- listening -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note the calls of one step; every function is put back afterwards, also if the step raises."""
-        from mixprec_lab.loss_scaling.scaler import _LossScaler
-
-        undo: list[Callable[[], None]] = []
-
-        def patch(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-            original = owner.__dict__[name]
-            setattr(owner, name, make(original))
-            undo.append(lambda: setattr(owner, name, original))
-
-        try:
-            for cls, names in (
-                (torch.amp.GradScaler, ("scale", "unscale_", "step", "update")),
-                (_LossScaler, ("scale_loss", "unscale_gradients", "step", "update_scale")),
-            ):
-                for name, kind in zip(names, ("scale", "unscale", "step", "update"), strict=True):
-                    patch(cls, name, getattr(self, f"_wrap_{kind}"))
-            patch(clip_grad, "_get_total_norm", self._wrap_norm)
-            patch(clip_grad, "clip_grad_value_", self._wrap_value)
-            patch(torch.nn.utils, "clip_grad_value_", self._wrap_value)
-            patch(torch.optim.Optimizer, "zero_grad", self._wrap_zero)
-            patch(torch.nn.Module, "zero_grad", self._wrap_zero)
-            patch(torch.autograd, "backward", self._wrap_backward)
-            patch(LRScheduler, "step", self._wrap_scheduler)
-            handles = [
-                register_optimizer_step_pre_hook(lambda optimizer, *_: self.optimizer_steps(optimizer)),
-                register_optimizer_step_post_hook(lambda optimizer, *_: self.optimizer_stepped(optimizer)),
-            ]
-            undo += [handle.remove for handle in handles]
-            yield
-        finally:
-            for put_back in reversed(undo):
-                put_back()
-
-    def _wrap_scale(self, original: Callable) -> Callable:
-        def scale(scaler: Any, outputs: Any) -> Any:
-            result = original(scaler, outputs)
-            self.scaled(scaler, outputs, result)
-            return result
-
-        return scale
-
-    def _wrap_unscale(self, original: Callable) -> Callable:
-        def unscale(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(scaler, optimizer, *args, **kwargs)
-            if _enabled(scaler):
-                self.unscaled(optimizer)
-            return result
-
-        return unscale
-
-    def _wrap_step(self, original: Callable) -> Callable:
-        def step(scaler: Any, *args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
-            try:
-                return original(scaler, *args, **kwargs)
-            finally:
-                self._depth -= 1
-                self.scaler_steps(scaler)
-
-        return step
-
-    def _wrap_update(self, original: Callable) -> Callable:
-        def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(scaler, *args, **kwargs)
-            if _enabled(scaler):
-                self.updated(scaler)
-            return result
-
-        return update
-
-    def _wrap_norm(self, original: Callable) -> Callable:
-        def total_norm(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            tensors = list(_tensors(tensors))
-            result = original(tensors, *args, **kwargs)
-            self.clipped(tensors, result)
-            return result
-
-        return total_norm
-
-    def _wrap_value(self, original: Callable) -> Callable:
-        def clip_value(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            parameters = list(_tensors(parameters))
-            self.clipped([p.grad for p in parameters if p.grad is not None], None)
-            return original(parameters, *args, **kwargs)
-
-        return clip_value
-
-    def _wrap_zero(self, original: Callable) -> Callable:
-        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            self.zeroed()
-            return original(owner, *args, **kwargs)
-
-        return zero_grad
-
-    def _wrap_backward(self, original: Callable) -> Callable:
-        def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            self.backward(tensors)
-            try:
-                return original(tensors, *args, **kwargs)
-            finally:
-                self.after_backward()
-
-        return backward
-
-    def _wrap_scheduler(self, original: Callable) -> Callable:
-        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            self.scheduler_stepped(scheduler)
-            return original(scheduler, *args, **kwargs)
-
-        return step
 
 
 def scale_of(scaler: Any) -> torch.Tensor | None:

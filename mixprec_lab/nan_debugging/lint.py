@@ -20,7 +20,7 @@ def lint_optimizer(optimizer: Any, step: int, used_scaler: bool, names: dict[int
     """
     own = type(optimizer).__module__.startswith("torch.optim")
     for group in optimizer.param_groups:
-        low = [p for p in group["params"] if p.dtype in LOW]
+        low = [p for p in group["params"] if p.dtype in LOW and id(p) in names]
         if not low:
             continue
         if used_scaler and any(p.dtype == torch.float16 for p in low):
@@ -89,12 +89,14 @@ def lint_inputs(inputs: Iterable[torch.Tensor], model: nn.Module, step: int) -> 
             continue
         if x.dtype in LOW:
             whole = bool((x == x.round()).all())
-            if whole and float(x.float().abs().max()) > 1:
+            exact = 256 if x.dtype == torch.bfloat16 else 2048
+            if whole and float(x.float().abs().max()) > exact:
                 title = get_format(x.dtype).title
                 evidence = f"the model's input is {title} and holds whole numbers only, up to {float(x.max()):g}"
                 yield finding("ids_cast_to_low_precision", "fault", step, evidence, module="input", op="_to_copy")
         elif x.dtype in (torch.int64, torch.int32):
-            large = x[x.abs() > 256].unique()
-            if len(large) >= 12 and bool((large == large.float().bfloat16().long()).all()):
+            large, small = x[x.abs() > 256].unique(), x[x.abs() <= 256]
+            finer = bool((small % 2 != 0).any())  # ids that are all even need no explanation
+            if len(large) >= 12 and finer and bool((large == large.float().bfloat16().long()).all()):
                 evidence = f"{len(large)} different ids above 256, and every one is a BF16 number"
                 yield finding("ids_cast_to_low_precision", "fault", step, evidence, module="input", op="_to_copy")

@@ -1,7 +1,9 @@
 """``NumericalStabilityMonitor``: always on, cheap, and exact when something happens."""
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,7 @@ from mixprec_lab.nan_debugging.health import HealthMixin
 from mixprec_lab.nan_debugging.ledger import Ledger
 from mixprec_lab.nan_debugging.scopes import Scopes
 from mixprec_lab.nan_debugging.sensors import Sensors
+from mixprec_lab.nan_debugging.taps import listen
 from mixprec_lab.nan_debugging.tracer import Tracer
 
 LEVELS = ("cheap", "deep")
@@ -66,7 +69,9 @@ class NumericalStabilityMonitor(HealthMixin):
         if not isinstance(trace_first, int) or trace_first < 0:
             raise ValueError(f"expected trace_first to be a whole number of at least 0, got {trace_first!r}")
         self.model, self.scaler, self.scheduler, self.level = model, scaler, scheduler, level
-        self.optimizers = [] if optimizer is None else list(optimizer) if _many(optimizer) else [optimizer]
+        self.optimizers = _optimizers(optimizer)
+        _check_methods("scaler", scaler, ("state_dict", "load_state_dict", "step"))
+        _check_methods("scheduler", scheduler, ("state_dict", "load_state_dict", "step"))
         self.trace_first = trace_first
         self.findings: list[Finding] = []
         self.history: list[dict[str, Any]] = []
@@ -92,12 +97,12 @@ class NumericalStabilityMonitor(HealthMixin):
         An exception passes through, after the monitor has noted what it makes of it.
         Raises RuntimeError inside of an open step and after ``close()``, ValueError for a step that does not follow.
         """
-        self._open(i)
+        i = self._open(i)
         try:
             with ExitStack() as stack:
-                stack.enter_context(self.ledger.listening())
+                stack.enter_context(listen(self.ledger))
                 if self._to_be_traced(i):
-                    self.tracer = Tracer(self.scopes, lambda: self._phase())
+                    self.tracer = Tracer(self.scopes, self._phase, self.ledger.rescaled)
                     stack.enter_context(self.tracer)
                 yield self
                 with self._quietly():
@@ -108,7 +113,7 @@ class NumericalStabilityMonitor(HealthMixin):
                 self.examiner.explain(error)
             raise
         finally:
-            self.scopes.active = False
+            self.scopes.end()
             self.tracer, self._step = None, None
             self._last, self._seen_steps = i, self._seen_steps + 1
             self.sensors.forget()
@@ -116,18 +121,23 @@ class NumericalStabilityMonitor(HealthMixin):
     def _to_be_traced(self, i: int) -> bool:
         return self.level == "deep" or self._seen_steps < self.trace_first or self.examiner.wants_trace(i)
 
-    def _open(self, i: int) -> None:
+    def _open(self, i: int) -> int:
         if self._closed:
             raise RuntimeError("expected an open monitor, got one that was closed: make a new one")
         if self._step is not None:
             raise RuntimeError(f"expected step {self._step} to be over, got a step inside of it")
-        if not isinstance(i, int) or i <= self._last:
-            raise ValueError(f"expected a step after {self._last}, got {i!r}: after a rollback call rewind(step)")
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise TypeError(f"expected the step as a whole number, got {type(i).__name__}") from None
+        if i <= self._last:
+            raise ValueError(f"expected a step after {self._last}, got {i}: after a rollback call rewind(step)")
         self._step, self._examined = i, False
         self.ledger.begin(self.optimizers)
         self.scopes.begin()
         self.sensors.begin()
         self.examiner.begin()
+        return i
 
     def rewind(self, step: int) -> None:
         """Go back: the next step may be ``step``.  What was found stays."""
@@ -136,11 +146,12 @@ class NumericalStabilityMonitor(HealthMixin):
         self._last = step - 1
 
     def _note_output(self, path: str, module: nn.Module, output: Any) -> None:
+        outer_grad = bool(self.scopes.calls) and self.scopes.calls[-1].grad
         if self.tracer is None:
-            self.sensors.output(path, module, output)
+            self.sensors.output(path, module, output, outer_grad)
         else:
             with self.tracer.quiet():
-                self.sensors.output(path, module, output)
+                self.sensors.output(path, module, output, outer_grad)
 
     def _phase(self) -> str:
         if self.ledger.phase == "optimizer":
@@ -166,7 +177,7 @@ class NumericalStabilityMonitor(HealthMixin):
         if isinstance(loss, torch.Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"expected a scalar loss, got shape {tuple(loss.shape)}: reduce it first")
-        elif isinstance(loss, bool) or not isinstance(loss, int | float):
+        elif isinstance(loss, bool) or not isinstance(loss, Real):
             raise TypeError(f"expected the loss as a tensor or a number, got {type(loss).__name__}")
         with self._quietly():
             self.sensors.loss(loss, [node for call in self.scopes.calls for node in call.nodes])
@@ -246,6 +257,8 @@ class NumericalStabilityMonitor(HealthMixin):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was saved.  ValueError for other keys; nothing is changed then."""
+        if self._step is not None:
+            raise RuntimeError(f"expected no open step, got step {self._step}: load between steps")
         expected = {"last_step", "seen_steps", "findings", "baselines"}
         if set(state) != expected:
             raise ValueError(f"expected keys {', '.join(sorted(expected))}, got {', '.join(sorted(map(str, state)))}")
@@ -268,8 +281,22 @@ class NumericalStabilityMonitor(HealthMixin):
         self.close()
 
 
-def _many(optimizer: Any) -> bool:
-    return isinstance(optimizer, Iterable) and not isinstance(optimizer, torch.optim.Optimizer)
+def _optimizers(given: Any) -> list[Any]:
+    """A list of optimizers, from none, one or several; TypeError for anything else."""
+    if given is None:
+        return []
+    several = isinstance(given, Iterable) and not hasattr(given, "param_groups")
+    optimizers = list(given) if several else [given]
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+            raise TypeError(f"expected an optimizer, or a list of them, got {type(optimizer).__name__}")
+    return optimizers
+
+
+def _check_methods(what: str, given: Any, methods: tuple[str, ...]) -> None:
+    missing = [name for name in methods if given is not None and not callable(getattr(given, name, None))]
+    if missing:
+        raise TypeError(f"expected a {what} with {', '.join(methods)}, got {type(given).__name__} without {missing[0]}")
 
 
 def _finding_from(entry: dict[str, Any]) -> Finding:

@@ -12,6 +12,7 @@ from mixprec_lab.nan_debugging.lint import LOW
 from mixprec_lab.nan_debugging.lossgraph import Saved
 from mixprec_lab.nan_debugging.replay import replay
 from mixprec_lab.nan_debugging.scopes import OutermostCall, tensors_in
+from mixprec_lab.nan_debugging.sensors import measurable
 from mixprec_lab.nan_debugging.tracer import Event, facts
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ class NonFinite:
             if call is not self.m.scopes.calls[0] and self._made_bad_before(call):
                 return None
             for x in tensors_in((call.args, call.kwargs)):
-                if not x.is_floating_point() or not x.numel():
+                if not measurable(x):
                     continue
-                wide = x.float()
+                wide = x.double()
                 if bool(wide.isnan().any()) or bool((wide == math.inf).any()):
                     bad = ~wide.isfinite()
                     rows = bad.flatten(1).any(1).nonzero().flatten().tolist() if x.dim() > 1 else []
@@ -196,7 +197,7 @@ class NonFinite:
         if node.startswith("Log") and item.name == "self" and bool((x == 0).any()):
             where = {"module": "loss", "op": f"aten.log ({node})", "tensor": facts(x)}
             return finding("log_of_zero", "fault", step, f"the argument is {facts(x)}", **where)
-        if not x.is_floating_point() or bool(x.isfinite().all()):
+        if not measurable(x) or bool(x.detach().double().isfinite().all()):
             return None
         if item.name == "target" or (item.outside and node.startswith(_COMPARING)):
             where = {"phase": "data", "module": "target", "op": op_of(node)}
@@ -213,7 +214,7 @@ class NonFinite:
         """Forward and loss are finite, gradients are not; and whether the scaler deals with it by skipping the step."""
         if scale is not None and scale > 1 and self._finite_at_scale_one(scale):
             return self._skip(step, scale, names), True
-        hand = self._scaled_by_hand(read)
+        hand = self.scaled_by_hand(read)
         if hand and not self.m.ledger.used_scaler:
             evidence = f"the loss was multiplied by {hand:g}, {len(names)} gradients are not finite, and nothing looked"
             where = {"module": "scaler", "op": "scale, aten._to_copy", "parameter": names[0]}
@@ -265,7 +266,7 @@ class NonFinite:
             found.append(finding("loss_scale_too_high", "fault", self.first_skip, evidence, **where))
         return found
 
-    def _scaled_by_hand(self, read: dict) -> float | None:
+    def scaled_by_hand(self, read: dict) -> float | None:
         """What the recorded loss was multiplied by before backward; None if by nothing, or by a scaler."""
         root, losses = read["backward_root"], read["loss"]
         if len(losses) != 1 or not root or self.m.ledger.scale_inputs:

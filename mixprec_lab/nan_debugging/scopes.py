@@ -59,6 +59,30 @@ class Span:
     end: int
 
 
+class _Hook:
+    """A hook of one module; a copy of the model, or a file with it, has none."""
+
+    def __init__(self, act: Callable, name: str) -> None:
+        self.act, self.name = act, name
+
+    def __call__(self, *args: Any) -> None:
+        self.act(self.name, *args)
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        return _nothing
+
+    def __reduce__(self) -> tuple:
+        return _no_hook, ()
+
+
+def _nothing(*args: Any) -> None:
+    """What a hook is in a copy of the model."""
+
+
+def _no_hook() -> Callable:
+    return _nothing
+
+
 class Scopes:
     """The stack of module paths of ``model``, with hooks that cost a microsecond a module."""
 
@@ -75,8 +99,11 @@ class Scopes:
         self.failed_in = ""
         inner = () if _is_compiled(model) else [(n, m) for n, m in model.named_modules() if m is not model]
         for name, module in [("", model), *inner]:
-            self._handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._leave(name), always_call=True))
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks of this kind
+            before, after = _Hook(self._enter, name), _Hook(self._leave, name)
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def close(self) -> None:
         """Remove every hook."""
@@ -89,6 +116,10 @@ class Scopes:
         self.stack, self.calls, self.spans, self._starts = [], [], [], []
         self.failed_in, self.active = "", True
 
+    def end(self) -> None:
+        """The step is over: let go of its tensors."""
+        self.active, self.calls = False, []
+
     @property
     def path(self) -> str:
         """Of the module whose forward is running; "" outside of the model."""
@@ -99,30 +130,25 @@ class Scopes:
         inside = [span for span in self.spans if span.first <= node_number < span.end]
         return min(inside, key=lambda span: span.end - span.first).path if inside else ""
 
-    def _enter(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if not self.active:
-                return
-            if not self.stack:
-                self.calls.append(self._remember(name, module, args, kwargs))
-            self.stack.append(name)
-            self._starts.append(torch.autograd._get_sequence_nr())
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.active or _transformed():
+            return
+        if not self.stack:
+            self.calls.append(self._remember(name, module, args, kwargs))
+        self.stack.append(name)
+        self.failed_in = ""  # what returned None before has not failed
+        self._starts.append(torch.autograd._get_sequence_nr())
 
-        return hook
-
-    def _leave(self, name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if not self.active or not self.stack:
-                return
-            if output is None:  # always_call: the forward has raised
-                self.failed_in = self.failed_in or self.stack[-1]
-            self.stack.pop()
-            self.spans.append(Span(name, self._starts.pop(), torch.autograd._get_sequence_nr()))
-            self._on_output(name, module, output)
-            if not self.stack:
-                self._finish(self.calls[-1], output)
-
-        return hook
+    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self.active or not self.stack or _transformed():
+            return
+        if output is None:  # the forward has raised, or has nothing to say
+            self.failed_in = self.failed_in or self.stack[-1]
+        self.stack.pop()
+        self.spans.append(Span(name, self._starts.pop(), torch.autograd._get_sequence_nr()))
+        self._on_output(name, module, output)
+        if not self.stack:
+            self._finish(self.calls[-1], output)
 
     def _remember(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> OutermostCall:
         kind = self._device.type
@@ -158,6 +184,11 @@ def tensors_in(x: Any) -> list[torch.Tensor]:
     if hasattr(x, "__dataclass_fields__"):
         return [t for name in x.__dataclass_fields__ for t in tensors_in(getattr(x, name))]
     return []
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` is running: its tensors must not be kept."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_compiled(model: nn.Module) -> bool:

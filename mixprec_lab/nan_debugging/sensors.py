@@ -5,9 +5,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from mixprec_lab.nan_debugging.lossgraph import Saved, nodes_of_loss, saved_by_loss
 from mixprec_lab.nan_debugging.scopes import tensors_in
+
+_MEASURED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def measurable(x: torch.Tensor) -> bool:
+    """Whether ``x`` is a dense tensor of ordinary floating-point numbers that exist, and is not empty."""
+    if not isinstance(x, torch.Tensor) or isinstance(x, UninitializedTensorMixin) or x.is_nested:
+        return False
+    return x.layout == torch.strided and x.dtype in _MEASURED and x.numel() > 0
 
 
 class Sensors:
@@ -43,22 +53,22 @@ class Sensors:
         """Keep a 0-dim tensor for the read of the next step: it came too late for this one's."""
         self._deferred.append((kind, name, value))
 
-    def output(self, path: str, module: nn.Module, output: Any) -> None:
-        """A module has returned ``output``: its norm, in FP32, and the largest magnitude of what it was given."""
+    def output(self, path: str, module: nn.Module, output: Any, outer_grad: bool) -> None:
+        """A module has returned ``output``: its norm; and whether it ran without gradients in a call that had them."""
         if self.muted or id(module) not in self.leaves:
             return
-        if not torch.is_grad_enabled() and next(module.parameters(recurse=False), None) is not None:
+        if outer_grad and not torch.is_grad_enabled() and next(module.parameters(recurse=False), None) is not None:
             self.without_grad.append(path)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for tensor in tensors_in(output)[:1]:
-                if tensor.is_floating_point() and tensor.numel():
-                    self.note("output", path, torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+                if measurable(tensor):
+                    self.note("output", path, _norm(tensor.detach()))
 
     def loss(self, loss: torch.Tensor | float, stop: list[Any]) -> None:
         """The loss, and what its nodes keep."""
         tensor = loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
         self.loss_dtypes.append(tensor.dtype)
-        self.note("loss", str(len(self.losses)), tensor.reshape(()).float().clone())
+        self.note("loss", str(len(self.losses)), tensor.reshape(()).double())
         self.losses.append(tensor)
         if isinstance(loss, torch.Tensor) and loss.grad_fn is not None:
             self.saved += saved_by_loss(loss, stop)
@@ -68,16 +78,13 @@ class Sensors:
         """The norm of every tensor, with one launch for those of one device and dtype."""
         groups: dict[tuple, list[str]] = defaultdict(list)
         for name, tensor in named.items():
-            if tensor.is_floating_point() and tensor.numel():
-                dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+            dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+            if measurable(dense):
                 named[name] = dense
                 groups[dense.device, dense.dtype].append(name)
         for (_, dtype), names in groups.items():
             tensors = [named[name].detach() for name in names]
-            if dtype.itemsize < 4:
-                norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensors]
-            else:
-                norms = torch._foreach_norm(tensors)
+            norms = [_norm(t) for t in tensors] if dtype.itemsize < 4 else torch._foreach_norm(tensors)
             for name, norm in zip(names, norms, strict=True):
                 self.note(kind, name, norm)
 
@@ -87,8 +94,13 @@ class Sensors:
         numbers = self._deferred + self._numbers
         if numbers:
             device = numbers[-1][2].device
-            stacked = torch.stack([v.detach().to(device, torch.float32).reshape(()) for _, _, v in numbers])
+            stacked = torch.stack([v.detach().to(device, torch.float64).reshape(()) for _, _, v in numbers])
             for (kind, name, _), value in zip(numbers, stacked.tolist(), strict=True):
                 by_kind[kind].append((name, value))
         self._numbers, self._deferred = [], []
         return by_kind
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """The norm of ``x``, in FP32 or wider."""
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype.itemsize < 4 else None)

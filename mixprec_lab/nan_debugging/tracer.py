@@ -19,6 +19,7 @@ from mixprec_lab.nan_debugging.findings import TensorFacts
 from mixprec_lab.nan_debugging.scopes import Scopes, tensors_in
 
 LOW = (torch.float16, torch.bfloat16)
+_UNREADABLE = tuple(getattr(torch, n) for n in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, n))
 FLOAT8 = tuple(getattr(torch, n) for n in dir(torch) if n.startswith("float8_e") and "e8m0" not in n)
 #: operations that place constants, or only move data: what they put is no birth
 _PLACES = frozenset({
@@ -45,6 +46,11 @@ class Event:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def traceable(x: torch.Tensor) -> bool:
+    """Whether ``x`` is a dense tensor of floating-point numbers."""
+    return x.is_floating_point() and x.layout == torch.strided and not x.is_nested and x.dtype not in _UNREADABLE
+
+
 def facts(x: torch.Tensor) -> TensorFacts:
     """``x`` in numbers; reads from the device."""
     x = x.detach()
@@ -67,9 +73,14 @@ class Tracer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap the method for the compiler, and load the compiler for it: seconds
 
-    def __init__(self, scopes: Scopes, phase: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        scopes: Scopes,
+        phase: Callable[[], str],
+        rescaled: Callable[[list[torch.Tensor]], None] = lambda tensors: None,
+    ) -> None:
         super().__init__()
-        self.scopes, self._phase = scopes, phase
+        self.scopes, self._phase, self._rescaled = scopes, phase, rescaled
         self.events: list[Event] = []
         self.operations = 0
         self.nodes: set[str] = set()  #: autograd nodes that ran
@@ -81,8 +92,10 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._quiet:
             return operator(*args, **kwargs)
-        inputs = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
         name = operator._schema.name.split("::")[1]
+        if name in ("_foreach_mul_", "_foreach_div_") and args:
+            self._rescaled(list(args[0]))
+        inputs = [t for t in tensors_in((args, kwargs)) if traceable(t)]
         before = _copy_of_first(name, inputs)
         result = operator(*args, **kwargs)
         if not operator.is_view:
@@ -104,7 +117,7 @@ class Tracer(TorchDispatchMode):
 
     def _look(self, name: str, args: tuple, inputs: list, before: torch.Tensor | None, result: Any) -> None:
         self.operations += 1
-        outputs = [t for t in tensors_in(result) if t.is_floating_point() and t.numel()]
+        outputs = [t for t in tensors_in(result) if traceable(t) and t.numel()]
         node = torch._C._current_autograd_node()
         if node is not None:
             self.nodes.add(node.name())

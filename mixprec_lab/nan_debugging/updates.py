@@ -36,24 +36,24 @@ class UpdateWatch:
         self.model, self.names = model, names
         self._before: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         self._followed: dict[int, _Followed] = {}
-        self._state: dict[str, tuple[int, torch.Tensor]] = {}
+        self._state: dict[str, torch.Tensor] = {}
         tensors = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
         self._low_state = any(t.dtype in LOW for t in tensors)
 
     def begin(self) -> None:
-        """A new step: remember 16-bit buffers and frozen parameters, which something else may average into."""
+        """A new step: remember running statistics in 16 bits."""
         self._state = {}
         if self._low_state:
             for name, t in [*self.model.named_buffers(), *self.model.named_parameters()]:
-                if t.dtype in LOW and not t.requires_grad:
-                    self._state[name] = (t._version, _sample(t).clone())
+                if t.dtype in LOW and not t.requires_grad and self._is_statistic(name):
+                    self._state[name] = _sample(t).clone()
 
     def end(self, step: int, sensors: Sensors) -> None:
-        """Count elements of 16-bit state that were written in this step and hold what they held."""
+        """Count elements of running statistics that hold what they held before the step."""
         tensors = dict(self.model.named_buffers()) | dict(self.model.named_parameters())
-        for name, (version, old) in self._state.items():
+        for name, old in self._state.items():
             t = tensors.get(name)
-            if t is not None and (t._version != version or self._is_statistic(name)):
+            if t is not None:
                 nonzero = old != 0
                 _defer(sensors, f"state|{step}|{name}|{t.dtype}", (_sample(t) == old) & nonzero, nonzero)
 
@@ -65,7 +65,8 @@ class UpdateWatch:
 
     def before(self, optimizer: Any) -> None:
         """Remember a sample of each 16-bit parameter that has a gradient."""
-        low = [p for g in optimizer.param_groups for p in g["params"] if p.dtype in LOW and p.grad is not None]
+        moving = [p for g in optimizer.param_groups if float(g["lr"]) != 0 for p in g["params"] if id(p) in self.names]
+        low = [p for p in moving if p.dtype in LOW and p.grad is not None]
         self._before[id(optimizer)] = [
             (p, _sample(p).clone(), _sample(p.grad.to_dense() if p.grad.is_sparse else p.grad) != 0) for p in low
         ]
