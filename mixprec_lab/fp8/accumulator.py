@@ -22,7 +22,10 @@ def tensor_core_matmul(
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
         raise ValueError(f"expected (m, k) and (k, n), got {tuple(a.shape)} and {tuple(b.shape)}")
-    if not 2 <= accumulator_bits <= 48 or products_per_instruction < 1:
+    if a.is_complex() or b.is_complex():
+        raise TypeError("expected real operands, got complex ones")
+    whole = isinstance(accumulator_bits, int) and isinstance(products_per_instruction, int)
+    if not whole or not 2 <= accumulator_bits <= 48 or products_per_instruction < 1:
         raise ValueError(
             f"expected 2 to 48 accumulator bits and at least one product an instruction, got {accumulator_bits} and "
             f"{products_per_instruction}"
@@ -31,8 +34,8 @@ def tensor_core_matmul(
         raise ValueError(
             f"expected promote_every to be a multiple of {products_per_instruction} or None, got {promote_every}"
         )
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ValueError("expected finite operands, got inf or NaN")
+    if not all(bool((t.abs() <= 2.0**60).all()) for t in (a, b)):
+        raise ValueError("expected finite operands of at most 2**60, whose sums FP32 holds, got larger, inf or NaN")
     a, b = a.double(), b.double()
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
     accumulator = total.double()

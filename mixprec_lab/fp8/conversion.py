@@ -36,8 +36,10 @@ def convert_linears(
 
     Kept are: layers that ``skip`` names (as in ``named_modules()``, with all that is inside them); the first and the
     last linear layer in the order of registration, which read the data and make the logits, unless
-    ``keep_first_and_last`` is False; subclasses of ``nn.Linear`` and layers with hooks, whose meaning a swap would
-    lose; and layers whose sizes are no multiples of 16, unless ``pad``.  A layer that is registered twice becomes one.
+    ``keep_first_and_last`` is False; subclasses of ``nn.Linear``, and layers with hooks (also those of a monitor: make
+    it afterwards) or a forward of their own, whose meaning a swap would lose; those inside of an
+    ``nn.TransformerEncoderLayer``, whose fast path reads weights and calls no layer; and layers whose sizes are no
+    multiples of 16, unless ``pad``.  A layer that is registered twice becomes one.
 
     Raises KeyError for a name that is no module, TypeError if the model itself is the linear layer, ValueError if
     no layer can be converted; the model is changed only when nothing is in the way.
@@ -75,6 +77,10 @@ def _reasons(model: nn.Module, skip: set[str], keep_ends: bool, pad: bool) -> di
     linears = _linears(model)
     names = list(linears)
     reasons = {name: _unfit(layer, pad) for name, layer in linears.items()}
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            inside, why = {id(m) for m in parent.modules()}, "nn.TransformerEncoderLayer reads its weights past it"
+            reasons |= {name: why for name in names if id(linears[name]) in inside}
     ends = {names[-1]: "the last layer makes the logits", names[0]: "the first layer reads the data"} if names else {}
     for name in names:
         if any(name == s or name.startswith(s + ".") for s in skip):
@@ -88,6 +94,8 @@ def _unfit(layer: nn.Linear, pad: bool) -> str:
     sizes = (layer.in_features, layer.out_features)
     if type(layer) is not nn.Linear:
         return f"{type(layer).__name__} is more than an nn.Linear"
+    if "forward" in vars(layer) or {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
+        return "its forward or its parameters were changed"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "it has hooks"
     if any(size % MULTIPLE for size in sizes) and not pad:

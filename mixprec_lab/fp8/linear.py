@@ -49,6 +49,8 @@ class FP8Linear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"expected in_features and out_features of at least 1, got {in_features} and {out_features}")
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._take(linear, recipe, backend, pad, product_dtype)
 
@@ -73,6 +75,8 @@ class FP8Linear(nn.Module):
     def _take(self, linear: nn.Linear, recipe: Recipe | None, backend: str, pad: bool, product_dtype: Any) -> None:
         super().__init__()
         recipe = DelayedScaling() if recipe is None else recipe
+        if not callable(getattr(recipe, "quantizer", None)):
+            raise TypeError(f"expected a recipe such as DelayedScaling(), got {type(recipe).__name__}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         for name, size in (("in_features", self.in_features), ("out_features", self.out_features)):
             if size % MULTIPLE and not pad:

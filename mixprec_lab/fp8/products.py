@@ -1,5 +1,6 @@
 """The three products of a linear layer, every operand in FP8, sums in FP32."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +32,18 @@ class FP8Products(torch.autograd.Function):
     def forward(ctx, x, weight, bias, way):
         input_ = way.quantized("input", x)
         weight_ = way.quantized("weight", weight)
-        ctx.way, ctx.operands = way, (input_, weight_)
+        kept = [_kept(operand) for operand in (input_, weight_)]
+        ctx.save_for_backward(*(t for _, tensors in kept for t in tensors))
+        ctx.way, ctx.kinds = way, [(make, len(tensors)) for make, tensors in kept]
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         return product(input_.along(1), transposed(weight_.along(1)), way, way.out_dtype, bias=bias, fast=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        way, (input_, weight_) = ctx.way, ctx.operands
+        way, saved = ctx.way, list(ctx.saved_tensors)
+        (make_input, count), (make_weight, _) = ctx.kinds
+        input_, weight_ = make_input(saved[:count]), make_weight(saved[count:])
         dtypes, needed = ctx.dtypes, ctx.needs_input_grad
         grad_ = way.quantized("grad_output", grad)
         grad_x = grad_weight = grad_bias = None
@@ -49,6 +54,23 @@ class FP8Products(torch.autograd.Function):
         if dtypes[2] is not None and needed[2]:
             grad_bias = grad.sum(0, dtype=torch.float32).to(dtypes[2])
         return grad_x, grad_weight, grad_bias, None
+
+
+def _kept(operand: Any) -> tuple[Callable[[list[torch.Tensor]], Any], list[torch.Tensor]]:
+    """How to make an operand again from its tensors, and the tensors, which autograd keeps: hooks may see them."""
+    fields = list(operand)
+    places = [i for i, value in enumerate(fields) if isinstance(value, torch.Tensor)]
+
+    def make(tensors: list[torch.Tensor]) -> Any:
+        values = [None if i in places else value for i, value in enumerate(fields)]
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
+        return type(operand)(*values)
+
+    tensors = [fields[i] for i in places]
+    for i in places:
+        fields[i] = None
+    return make, tensors
 
 
 def transposed(operand: Scaled) -> Scaled:

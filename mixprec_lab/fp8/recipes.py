@@ -2,8 +2,8 @@
 
 A recipe is a value.  ``FP8Linear`` asks it for one quantizer an operand: ``recipe.quantizer(role)`` is an ``nn.Module``
 called with a float tensor (rows, columns), ``record`` (may it remember what it sees?) and ``native`` (values in torch's
-float8 dtype?); it answers with an object whose ``along(axis)`` is a ``Scaled``: the operand of a product that sums over
-``axis``.  Its attribute ``dtype`` is set to the dtype that emulated products run in.  Roles are "input" (tokens,
+float8 dtype?); it answers with a NamedTuple whose ``along(axis)`` is a ``Scaled``: the operand of a product that sums
+over ``axis``.  Its attribute ``dtype`` is set to the dtype that emulated products run in.  Roles are "input" (tokens,
 in_features), "weight" (out_features, in_features) and "grad_output" (tokens, out_features).  Each of them is summed
 over both its axes, in two of the three products:
 

@@ -39,6 +39,9 @@ class RowScaled(NamedTuple):
 
     def along(self, axis: int) -> Scaled:
         """Quantized with one scale for each line along ``axis`` (0 or 1)."""
+        if not self.source.numel():
+            shape = [1 if i == axis else size for i, size in enumerate(self.source.shape)]
+            return scaled(self.source, self.source.new_ones(shape, dtype=torch.float32), self.format, self.native)
         low, high = torch.aminmax(self.source, dim=axis, keepdim=True)
         scale = current_scale(torch.maximum(-low, high).float(), self.format, self)
         return scaled(self.source, scale, self.format, self.native)
@@ -83,8 +86,13 @@ def delayed_update(
     A staged 0 means that nothing was recorded: history and scale stay.  An amax that is inf or NaN leaves the scale as
     it is; "max" passes over NaN, while an inf keeps the scale frozen until it has left the history.  A quotient that
     overflows gives the largest float32.  These are the rules of Transformer Engine's kernel
-    (``common/recipe/delayed_scaling.cu``, version 2.12).
+    (``common/recipe/delayed_scaling.cu``, version 2.12).  Raises ValueError for other shapes and algorithms.
     """
+    if amax_history.dim() != 1 or not len(amax_history) or scale.dim():
+        shapes = f"{tuple(amax_history.shape)} and {tuple(scale.shape)}"
+        raise ValueError(f"expected a history (length,) and a 0-dim scale, got {shapes}")
+    if algorithm not in ("max", "most_recent"):
+        raise ValueError(f"expected algorithm to be 'max' or 'most_recent', got {algorithm!r}")
     staged = amax_history[0]
     chosen = amax_history.nan_to_num(nan=0.0, posinf=torch.inf).max() if algorithm == "max" else staged
     quotient = _quotient(largest * 2.0**-margin, chosen)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mixprec_lab.formats import FormatLike, get_format
-from mixprec_lab.fp8.recipes import CurrentScaling, DelayedScaling, FixedScaling, format_of
+from mixprec_lab.fp8.recipes import ROLES, CurrentScaling, DelayedScaling, FixedScaling, format_of
+from mixprec_lab.fp8.scaling import FP32_MAX
 from mixprec_lab.rounding import sqnr_db
 
 
@@ -53,8 +54,10 @@ def simulate_scaling(
     shape = normal_shape() if shape is None else shape.double().flatten()
     if not shape.numel() or float(shape.abs().max()) != 1.0:
         raise ValueError("expected a shape whose largest magnitude is 1: divide it by its amax")
-    if bad := [a for a in amaxes if not a >= 0]:
-        raise ValueError(f"expected amaxes that are 0, positive or infinite, got {bad[0]}")
+    if role not in ROLES:
+        raise ValueError(f"expected role to be one of {', '.join(ROLES)}, got {role!r}")
+    if bad := [a for a in amaxes if not (0 <= a <= FP32_MAX or a == math.inf)]:
+        raise ValueError(f"expected amaxes that are float32 numbers from 0 on, or infinite, got {bad[0]}")
     quantizer, fmt = recipe.quantizer(role), format_of(recipe.fp8_format, role)
     run, level = ScalingRun([], [], [], [], []), 1.0
     for amax in amaxes:

@@ -1,5 +1,6 @@
 """Training with FP8 products: ``FP8Trainer``."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from mixprec_lab.fp8.backends import choose_backend
 from mixprec_lab.fp8.conversion import Conversion, convert_linears
 from mixprec_lab.fp8.linear import FP8Linear, update_scales
 from mixprec_lab.fp8.recipes import DelayedScaling, Recipe
+
+_COUNTS = ("micro_steps", "steps", "skipped_steps")
 
 
 class FP8Step(NamedTuple):
@@ -75,7 +78,8 @@ class FP8Trainer:
         self.max_norm, self.accumulation_steps, self.autocast_dtype = max_norm, accumulation_steps, autocast_dtype
         self.micro_steps = self.steps = self.skipped_steps = 0
         self.conversion: Conversion | None = None  #: which layers were converted, and why the others were not
-        self._settings = {"skip": skip, "keep_first_and_last": keep_first_and_last, "pad": pad}
+        names = (skip,) if isinstance(skip, str) else tuple(skip)
+        self._settings = {"skip": names, "keep_first_and_last": keep_first_and_last, "pad": pad}
 
     def __repr__(self) -> str:
         state = "not converted yet" if self.conversion is None else str(self.conversion).splitlines()[0]
@@ -92,13 +96,13 @@ class FP8Trainer:
     def train_step(self, inputs: Any, targets: Any) -> FP8Step:
         """Forward, backward, and after every ``accumulation_steps`` calls one update.
 
-        ``inputs`` is one argument, or several if it is a tuple.  Raises ValueError if the loss is not a scalar.
+        ``inputs`` is one argument, several if it is a tuple, named ones if it is a dict.  The model is put into
+        training mode.  Raises ValueError if the loss is not a scalar.
         """
         self.convert_to_fp8()
         self.model.train()
         with self._autocast():
-            outputs = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
-            loss = self.loss_fn(outputs, targets)
+            loss = self.loss_fn(self._forward(inputs), targets)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(f"expected loss_fn to return a scalar, got {got}")
@@ -110,17 +114,18 @@ class FP8Trainer:
         return FP8Step(loss.detach().float(), norm, stepped)
 
     @torch.no_grad()
-    def predict(self, inputs: Any) -> torch.Tensor:
-        """The model's output in float32, in evaluation mode; the model's mode is restored, no scale moves."""
+    def predict(self, inputs: Any) -> Any:
+        """The model's output in evaluation mode, a tensor in float32; modes are restored, no scale moves."""
         self.convert_to_fp8()
-        training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with self._autocast():
-                outputs = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+                outputs = self._forward(inputs)
         finally:
-            self.model.train(training)
-        return outputs.float()
+            for module, training in modes.items():
+                module.training = training
+        return outputs.float() if isinstance(outputs, torch.Tensor) else outputs
 
     def scales(self) -> dict[str, float]:
         """The present delayed scales, by layer and operand; empty for recipes without.  Reads from the device."""
@@ -131,6 +136,11 @@ class FP8Trainer:
             for role, q in layer.quantizers.items()
             if hasattr(q, "amax_history")
         }
+
+    def _forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, dict):
+            return self.model(**inputs)
+        return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
 
     def _layers(self) -> list[FP8Linear]:
         return [m for m in self.model.modules() if isinstance(m, FP8Linear)]
@@ -161,20 +171,32 @@ class FP8Trainer:
         if self.micro_steps % self.accumulation_steps:
             raise RuntimeError("expected to be at the end of a step, got mid-accumulation: save after the update")
         self.convert_to_fp8()
-        counts = {name: getattr(self, name) for name in ("micro_steps", "steps", "skipped_steps")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return {"recipe": repr(self.recipe), "counts": counts, **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was saved.  Raises ValueError for the state of another recipe or for other keys."""
+        """Continue where ``state`` was saved.
+
+        Raises ValueError for the state of another recipe or for other keys, and what model and optimizer raise for
+        their parts; nothing has changed then.
+        """
         expected = {"recipe", "counts", "model", "optimizer"}
         if set(state) != expected or state["recipe"] != repr(self.recipe):
             got = f"recipe {state.get('recipe')} and keys {sorted(state)}"
             raise ValueError(f"expected recipe {self.recipe} and keys {sorted(expected)}, got {got}")
+        counts = state["counts"]
+        if set(counts) != set(_COUNTS) or not all(type(n) is int and n >= 0 for n in counts.values()):
+            raise ValueError(f"expected counts of {', '.join(_COUNTS)} as whole numbers, got {counts}")
         self.convert_to_fp8()
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, count in state["counts"].items():
+        before = copy.deepcopy(self.model.state_dict())
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception:
+            self.model.load_state_dict(before)
+            raise
+        for name, count in counts.items():
             setattr(self, name, count)
 
 
@@ -182,6 +204,8 @@ def _checked_device(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch
     if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         got = f"{type(model).__name__} and {type(optimizer).__name__}"
         raise TypeError(f"expected an nn.Module and a torch.optim.Optimizer, got {got}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("expected an optimizer whose step() takes no closure, got LBFGS")
     parameters = list(model.parameters())
     devices = {p.device for p in parameters}
     if len(devices) != 1:
