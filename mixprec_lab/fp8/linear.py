@@ -50,7 +50,7 @@ class FP8Linear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if in_features < 1 or out_features < 1:
-            raise ValueError(f"expected in_features and out_features of at least 1, got {in_features} and {out_features}")
+            raise ValueError(f"expected sizes of at least 1, got {in_features} and {out_features}")
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._take(linear, recipe, backend, pad, product_dtype)
 
