@@ -201,6 +201,16 @@ def stochastic_expectation():
 
 
 @number
+def stochastic_bits():
+    x = torch.tensor([1 + 2.0**-7 * 0.25]).repeat(20_000)
+    random = torch.randint(0, 1 << 16, x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    rounded = ((x.view(torch.int32) + random) & -(1 << 16)).view(torch.float32)
+    up = (rounded == 1 + 2.0**-7).float().mean().item()
+    assert abs(up - 0.25) < 0.02 and torch.equal(rounded, rounded.to(BRAIN).float())
+    return ["16-bit integer", f"{1 << 16} steps"]
+
+
+@number
 def fp32_accumulation():
     return [str(FP16.mantissa_bits + 1), str(2 * (FP16.mantissa_bits + 1)), str(FP32.mantissa_bits + 1)]
 
@@ -221,7 +231,8 @@ def rounding_twice():
 
 @number
 def pairwise_error():
-    return ["4095", f"{math.log2(4096):g}"]
+    terms = 4096
+    return [str(terms - 1), f"{math.log2(terms):g}"]
 
 
 @number
@@ -255,6 +266,22 @@ def bit_in_decibels():
 @number
 def autocast_states():
     return [f"{REGIMES['autocast'].bytes_per_parameter:g} bytes"]
+
+
+@number
+def cpu_autocast_default():
+    return [{BRAIN: "BF16. FP16 has to be asked for"}[torch.get_autocast_dtype("cpu")]]
+
+
+@number
+def backward_dtype():
+    x, seen = torch.ones(2, 2, requires_grad=True), []
+    with torch.autocast("cpu", dtype=HALF):
+        y = x @ x
+    y.register_hook(lambda g: seen.append(g.dtype))
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    return [{HALF: "gradients of 16-bit products are 16-bit"}[seen[0]]]
 
 
 @number
@@ -394,7 +421,7 @@ def losing_ratios():
             ratios = torch.arange(1, 5000, dtype=torch.float64)
             lost = quantize(w + w / ratios, name) == w
             told.append(str(int(ratios[lost][0])))
-    return [*told, "2^24"]
+    return [*told, power(2 / FP32.eps)]
 
 
 @number
@@ -443,12 +470,14 @@ def v_ratchet():
             v.mul_(0.999)
     slow = torch.ones((), dtype=BRAIN).mul_(0.95)
     assert slow < 1 and moments[1] == 1
-    return [f"{moments[0].item():.3f}", f"stays at {moments[1].item():g}", "2^-8", f"{100 * 2.0**-8:.2f} %"]
+    half = float(update_threshold(1.0, "bf16").size)  # the relative gap is widest just above a power of two
+    return [f"{moments[0].item():.3f}", f"stays at {moments[1].item():g}", power(half), f"{100 * half:.2f} %"]
 
 
 @number
 def ema_in_bf16():
-    return [f"{1 - 0.9999:.0e}".replace("e-04", "e-4"), "2^-9", f"{round(2.0**-9 / 1e-4)}"]
+    half = float(update_threshold(1.0, "bf16", "toward").size)  # relative to the value it is smallest here
+    return [sci(1 - 0.9999, 0), power(half), f"about {half / (1 - 0.9999):.0f}"]
 
 
 # bf16 or fp16
@@ -456,7 +485,8 @@ def ema_in_bf16():
 
 @number
 def bf16_factor():
-    return ["eight" if FP16.mantissa_bits - BF16.mantissa_bits == 3 else "?", "three bits"]
+    bits = FP16.mantissa_bits - BF16.mantissa_bits
+    return [{3: "three bits"}[bits], {8: "eight times"}[2**bits]]
 
 
 @number

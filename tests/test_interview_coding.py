@@ -36,6 +36,18 @@ WRONG = {
     "code-blockwise-fp8": {"forgets zero blocks": ("torch.where(scale > 0, scale, 1.0)", "scale"),
                            "scales by the mean": (".amax(-1, keepdim=True)", ".mean(-1, keepdim=True)")},
     "code-kahan": {"has the sign of the compensation wrong": ("v - lost", "v + lost")},
+    "code-whole-loop": {
+        "adds up old gradients": ("optimizer.zero_grad()", "pass"),
+        "clips the scaled gradient": ("scaler.unscale_(optimizer)", "pass"),
+        "moves the schedule at a skip": ("scaler.get_scale() >= before", "True"),
+        "never moves the schedule": ("scaler.get_scale() >= before", "False"),
+        "does not clip": ("nn.utils.clip_grad_norm_(model.parameters(), 1.0)", "pass"),
+        "trains on stale copies": (
+            "    for x, y in batches:\n        with torch.autocast('cpu', dtype=torch.float16):".replace("'", '"'),
+            "    with torch.autocast('cpu', dtype=torch.float16):\n      for x, y in batches:\n        if True:",
+        ),
+    },
+    "code-zero-bytes": {"shards in the wrong order": ("((12, 1), (2, 2), (2, 3))", "((12, 3), (2, 2), (2, 1))")},
     "code-guarded-step": {"always steps": ("if norm.isfinite():", "if True:")},
     "code-mx-scale": {"truncates the logarithm": ("math.frexp(amax)[1] - 1", "int(math.log2(amax))")},
 }  # fmt: skip

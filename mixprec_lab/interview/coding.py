@@ -10,6 +10,7 @@ import torch
 
 from mixprec_lab import checks
 from mixprec_lab.checks._verdict import check
+from mixprec_lab.formats import FORMATS
 from mixprec_lab.interview.bank import Code
 from mixprec_lab.rounding import accumulate
 
@@ -110,4 +111,38 @@ def _words(norm: float, gradients: list[float]) -> str:
     return f"norm {float(norm):.4f}, gradients {', '.join(f'{g:.4f}' for g in gradients)}"
 
 
-OWN = {f.__name__: f for f in (scaler_class, losing_ratio, pairwise_bf16, spike_free_clip)}
+def training_loop(function: Callable[..., object]) -> None:
+    """A loop in FP16 with clipping, a schedule and an overflow: weight, rate and scale at its end."""
+
+    def trained(rows: list[tuple[float, float]]) -> object:
+        layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(layer.weight)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.25)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        batches = [(torch.tensor([[x]]), torch.tensor([[y]])) for x, y in rows]
+        if (done := function(layer, optimizer, scheduler, scaler, batches)) is None or done is ...:
+            return None
+        return _state(layer.weight.item(), scheduler.get_last_lr()[0], scaler.get_scale())
+
+    def expected(rows: list[tuple[float, float]]) -> str:
+        weight, rate, scale = 0.0, 0.25, 1024.0
+        for x, y in rows:
+            gradient = 2 * x * (weight * x - y)
+            if abs(gradient) * scale > FORMATS["fp16"].largest:
+                scale /= 2
+                continue
+            weight -= rate * max(-1.0, min(gradient, 1.0))
+            rate /= 2
+        return _state(weight, rate, scale)
+
+    small, large, overflowing = (1.0, 0.25), (1.0, 2.0), (1000.0, 2.0)
+    cases = [[large], [small, small, (-1.0, 0.5)], [small, overflowing, small], [overflowing, large, small]]
+    check(trained, [((rows,), expected(rows)) for rows in cases])
+
+
+def _state(weight: float, rate: float, scale: float) -> str:
+    return f"weight {weight:.4f}, rate {rate:g}, scale {scale:g}"
+
+
+OWN = {f.__name__: f for f in (scaler_class, losing_ratio, pairwise_bf16, spike_free_clip, training_loop)}
