@@ -133,6 +133,7 @@ def test_a_quality_outside_of_the_scale_is_refused(quality):
         ({"again": 1}, "expected again to be true or false, got 1"),
         ({"due": "26.11.2026"}, "expected due to be a date like '2026-11-26' or None, got '26.11.2026'"),
         ({"due": "2026-02-30"}, "expected due to be a date"),
+        ({"due": "20261126"}, "expected due to be a date"),
         ({"due": 5}, "expected due to be a date"),
         ({"other": 1}, "expected a state with the keys repetitions, interval, ease, due, again"),
     ],
