@@ -13,7 +13,7 @@ from interview_numbers import NUMBERS
 
 from mixprec_lab import interview
 from mixprec_lab.interview import LEVELS, BankError, Question, get_question, load_bank, select, themes
-from mixprec_lab.interview.bank import read_theme
+from mixprec_lab.interview.bank import read_bank, read_theme
 
 ROOT = Path(__file__).resolve().parent.parent
 BANK = load_bank()
@@ -66,6 +66,8 @@ def test_a_missing_and_an_empty_and_an_ill_typed_value_are_refused_by_name(key):
         (theme(GOOD | {"level": "junior"}), "expected level to be one of screen, onsite, specialist, got 'junior'"),
         (theme(GOOD, GOOD), "t.yaml: expected every id once, got a-question again; first in t.yaml"),
         (theme(GOOD | {"id": "A question"}), "expected id to look like 'losing-ratio', got 'A question'"),
+        (theme(GOOD | {"id": "a-question!"}), "expected id to look like 'losing-ratio', got 'a-question!'"),
+        (theme(GOOD | {"proof": "formats#a b"}), "expected proof to look like 'loss_scaling#choosing-s'"),
         (theme(GOOD | {"proof": "formats"}), "expected proof to look like 'loss_scaling#choosing-s', got 'formats'"),
         (theme(GOOD | {"sources": "micikevicius2018"}), "expected sources to be a list of bibliography keys"),
         (theme(GOOD | {"sources": [1]}), "expected sources to be a list of bibliography keys"),
@@ -87,6 +89,13 @@ def test_a_missing_and_an_empty_and_an_ill_typed_value_are_refused_by_name(key):
 def test_a_bad_file_is_refused_with_the_place_and_the_reason(text, message):
     with pytest.raises(BankError, match=re.escape(message)):
         read_theme(text, "t")
+
+
+def test_an_id_in_two_files_is_refused_with_both_names():
+    one, other = theme(GOOD), theme(GOOD, theme="u")
+    with pytest.raises(BankError, match="u.yaml: expected every id once, got a-question again; first in t.yaml"):
+        read_bank({"t": one, "u": other})
+    assert list(read_bank({"t": one, "u": theme(GOOD | {"id": "b"}, theme="u")})) == ["t", "u"]
 
 
 def test_yaml_cannot_run_code():

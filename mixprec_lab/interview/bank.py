@@ -163,15 +163,23 @@ def _unique(questions: Iterable[Question]) -> None:
         seen[q.id] = q.theme
 
 
+def read_bank(texts: Mapping[str, str]) -> Mapping[str, tuple[str, tuple[Question, ...]]]:
+    """Title and questions of every theme, by name, from the text of each file; BankError as ``read_theme``.
+
+    An id must not stand in two files either.
+    """
+    bank = {name: read_theme(text, name) for name, text in texts.items()}
+    _unique(q for _, questions in bank.values() for q in questions)
+    return MappingProxyType(bank)
+
+
 @functools.cache
 def _bank() -> Mapping[str, tuple[str, tuple[Question, ...]]]:
     folder = files("mixprec_lab.interview").joinpath("questions")
     paths = sorted((p for p in folder.iterdir() if p.name.endswith(".yaml")), key=lambda p: p.name)
     if not paths:
         raise BankError(f"expected files of questions in {folder}, got none; install the package with its data")
-    bank = {p.name[:-5]: read_theme(p.read_text("utf-8"), p.name[:-5]) for p in paths}
-    _unique(q for _, questions in bank.values() for q in questions)
-    return MappingProxyType(bank)
+    return read_bank({p.name.removesuffix(".yaml"): p.read_text("utf-8") for p in paths})
 
 
 def themes() -> Mapping[str, str]:
