@@ -1,0 +1,36 @@
+"""A question bank on mixed-precision training, and the schedule by which to learn it.
+
+A question is data: one YAML file a theme, read and checked by ``load_bank``.  Each has a short and a full answer, the
+mistake most people make, the question that comes next, a place in the book that proves it, and sources.  Coding
+questions carry a stub, a check and a solution (``run_check``).  ``schedule`` is SM-2, the published algorithm for when
+to see a card again.  Importing this package does not import torch.
+"""
+
+from mixprec_lab.interview.bank import LEVELS, BankError, Code, Question, get_question, load_bank, select, themes
+from mixprec_lab.interview.schedule import (
+    NEW,
+    due,
+    export_progress,
+    import_progress,
+    repeat_today,
+    review,
+    to_repeat,
+)
+
+__all__ = [
+    "LEVELS",
+    "NEW",
+    "BankError",
+    "Code",
+    "Question",
+    "due",
+    "export_progress",
+    "get_question",
+    "import_progress",
+    "load_bank",
+    "repeat_today",
+    "review",
+    "select",
+    "themes",
+    "to_repeat",
+]
