@@ -79,13 +79,14 @@ class Habits:
 
     def _cut_off(self) -> Iterator[str]:
         """Outermost calls without gradients whose output went into a later call with gradients."""
-        made: dict[int, str] = {}
+        made: dict[int, list[str]] = {}
         for call in self.m.scopes.calls:
+            given = [x.data_ptr() for x in tensors_in((call.args, call.kwargs)) if measurable(x)]
+            behind = [path for place in given for path in made.get(place, ())]
             if call.grad:
-                given = [x.data_ptr() for x in tensors_in((call.args, call.kwargs)) if measurable(x)]
-                yield from (made[place] for place in given if place in made)
+                yield from behind
             else:
-                made |= {x.data_ptr(): call.path for x in call.outputs if measurable(x)}
+                made |= {x.data_ptr(): [*behind, call.path] for x in call.outputs if measurable(x)}
 
     def _orphans(self, step: int) -> Iterator[Finding]:
         """Parameters with gradients in no optimizer, while an optimizer holds others that are not the model's."""
