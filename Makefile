@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 NOTEBOOKS = $(wildcard book/*.ipynb)
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book serve lab notebooks measure clean
+.PHONY: help install lint test book page serve lab notebooks measure clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -21,6 +21,9 @@ test: book ## build the book, then run every test, every notebook and the site i
 
 book: install ## run the notebooks and build the HTML book, warnings as errors
 	@$(VENV_PYTHON) tools/build_book.py
+
+page: install ## build one page alone, to look at it: make page PAGE=formats
+	@$(VENV_PYTHON) tools/preview_page.py $(PAGE)
 
 serve: ## serve the built book on this machine and print the address
 	@"$(PYTHON)" tools/serve.py

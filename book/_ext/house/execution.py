@@ -16,7 +16,7 @@ from sphinx.environment import BuildEnvironment
 from .paths import ROOT
 
 KEPT_CACHES = 3
-LIBRARY_FILES = {".py", ".js", ".css"}
+LIBRARY_FILES = {".py", ".js", ".css", ".yaml"}
 
 
 def inputs() -> list[Path]:
