@@ -9,6 +9,8 @@ import os
 import shutil
 from pathlib import Path
 
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
@@ -57,7 +59,23 @@ def reread_notebooks(
     return [name for name in env.found_docs if env.doc2path(name).endswith(".ipynb")]
 
 
+def run_ahead(app: Sphinx, env: BuildEnvironment, names: list[str]) -> None:
+    """Run what is not in the cache yet, as many notebooks at a time as there are cores.
+
+    MyST-NB then finds them there.  One that fails is not cached: MyST-NB runs it again and reports it as it always does.
+    """
+    notebooks = [str(env.doc2path(name)) for name in names if env.doc2path(name).endswith(".ipynb")]
+    if len(notebooks) < 2:
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    for path in notebooks:
+        cache.add_nb_to_project(path)
+    executor = load_executor("local-parallel", cache)
+    executor.run_and_cache(filter_uris=notebooks, timeout=app.config.nb_execution_timeout)
+
+
 def connect(app: Sphinx) -> None:
-    """Choose the cache before MyST-NB looks for it."""
+    """Choose the cache before MyST-NB looks for it, and fill it before a page is read."""
     app.connect("config-inited", choose_cache)
     app.connect("env-get-outdated", reread_notebooks)
+    app.connect("env-before-read-docs", run_ahead)
