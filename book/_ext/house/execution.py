@@ -62,7 +62,7 @@ def reread_notebooks(
 def run_ahead(app: Sphinx, env: BuildEnvironment, names: list[str]) -> None:
     """Run what is not in the cache yet, as many notebooks at a time as there are cores.
 
-    MyST-NB then finds them there.  One that fails is not cached: MyST-NB runs it again and reports it as it always does.
+    MyST-NB then finds them there.  One that fails is not cached: MyST-NB runs it again and reports it.
     """
     notebooks = [str(env.doc2path(name)) for name in names if env.doc2path(name).endswith(".ipynb")]
     if len(notebooks) < 2:
