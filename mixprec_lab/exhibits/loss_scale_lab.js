@@ -1,7 +1,7 @@
 // The loss-scale lab: recorded gradients, moved by log2 S, against the window of a format.
 
 import { percent } from "./text.js";
-import { button, checked, drawing, follow, formatsOf, frame, h, links, oneOf, select, slider, svg, table, uid, whole,
+import { button, checked, drawing, follow, formatsOf, frame, h, links, live, oneOf, select, slider, svg, table, uid, whole,
   write } from "./ui.js";
 
 const KEYS = ["stage", "tensor", "format", "log2_scale", "phase", "guess", "expected"];
@@ -226,7 +226,8 @@ export function bookOf(model) {
 }
 
 function render({ model, el }) {
-  const formats = formatsOf(model), book = bookOf(model), ids = [0, 1, 2, 3].map(() => uid("hatch"));
+  let book = bookOf(model);
+  const formats = formatsOf(model), ids = [0, 1, 2, 3].map(() => uid("hatch"));
   const state = () => Object.fromEntries(KEYS.map((key) => [key, model.get(key)]));
   // A new question starts a new guess.
   const ask = (changes) => set(model.get("phase") === "revealed" ? { ...changes, phase: "predict", log2_scale: 0 } : changes);
@@ -264,6 +265,10 @@ function render({ model, el }) {
     const next = Math.min(Math.max(moved, SMALLEST), LARGEST);
     if (next !== model.get("log2_scale")) set({ log2_scale: next });
   });
+  const tell = (words) => {
+    for (const [key, text] of Object.entries(words)) write(said[key] ?? shares.found[key] ?? others.found[key], text);
+  };
+  const kernel = live({ model, root, keys: KEYS, show: tell });
   const paint = () => {
     const now = state(), hidden = now.phase === "predict", f = formats[now.format], edges = book.edges[now.format];
     const index = book.names.indexOf(now.tensor), t = book.tensors[now.stage][index], k = now.log2_scale;
@@ -274,7 +279,7 @@ function render({ model, el }) {
     reveal.hidden = now.phase === "off";
     reveal.textContent = hidden ? "Reveal" : "Guess again";
     const words = texts(now, formats, book);
-    for (const [key, text] of Object.entries(words)) write(said[key] ?? shares.found[key] ?? others.found[key], text);
+    tell(words);
     said.score.hidden = words.score === "";
     said.stage.hidden = hidden;
     const counts = fates(t, edges, k);
@@ -283,14 +288,17 @@ function render({ model, el }) {
     picked.show(hidden ? `The gradients as recorded, under the window of ${f.title}; the result is hidden.`
       : `The gradients times S under the window of ${f.title}. ${words.verdict}`,
     (width, height) => picture({ t, f, edges, k, hidden }, book, ids, width, height));
+    kernel.changed();
   };
   const { update: set, stop } = follow(model, KEYS, paint);
+  const recorded = () => { book = bookOf(model); paint(); kernel.changed(true); };
+  model.on("change:recordings", recorded);
   paint();
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, { stage: oneOf(book.stages),
     tensor: oneOf(book.names), format: oneOf(Object.keys(formats)), log2_scale: whole(SMALLEST, LARGEST),
     phase: oneOf(["off", "predict", "revealed"]), guess: whole(SMALLEST, LARGEST), expected: whole(0, 100) })) });
   link.read();
-  return () => { stop(); picked.stop(); link.stop(); };
+  return () => { stop(); model.off("change:recordings", recorded); kernel.stop(); picked.stop(); link.stop(); };
 }
 
 export default { render };

@@ -1,8 +1,8 @@
 """The loss-scale lab: recorded gradients, moved by log2 S, against the window of a format."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,10 @@ from torch import nn
 
 from mixprec_lab import device as devices
 from mixprec_lab import models
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import choice, es_module, table_of
+from mixprec_lab.exhibits._casts import cast_counts, compared
+from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of, said_of
+from mixprec_lab.exhibits._model_run import ModelRun, named
 from mixprec_lab.exhibits._text import percent
 from mixprec_lab.formats import FloatFormat, FormatLike, RangeShares, get_format
 from mixprec_lab.loss_scaling import GradientRecord, MagnitudeHistogram, record_gradients
@@ -22,6 +25,8 @@ MOST_TENSORS = 64  # of a stage: the page carries every histogram
 _FORMATS = ("fp16", "bf16", "fp8_e5m2", "fp8_e4m3")
 _PHASES = ("off", "predict", "revealed")
 _FATES = ("zero", "flushed", "subnormal", "normal", "overflowed", "invalid")
+_BATCH = "this batch"
+_AUTOCAST = ("fp16", "bf16")  # formats that torch.autocast has
 _HIDDEN = "?"
 _TASK = (
     "Set S to the largest power of two that you think is safe, and the share that you expect it to flush. "
@@ -29,13 +34,17 @@ _TASK = (
 )
 
 
-class LossScaleLab(Exhibit):
+class LossScaleLab(LiveExhibit):
     """``recordings`` of gradients, multiplied by S = ``2**log2_scale`` (-8 to 40), in the window of ``format``.
 
     ``recordings`` is stage -> (name -> tensor or ``MagnitudeHistogram``), stage -> ``GradientRecord``, or, for one
     stage, just name -> tensor or histogram; every stage holds the same names.  Without it a small convolutional network
     is trained on the digits and recorded three times, which takes seconds.  Every share is the exact one that
-    ``formats.classify`` gives.
+    ``formats.classify`` gives; float64 tensors are taken in FP32.
+
+    ``LossScaleLab(model, (inputs, targets), loss_fn)`` is ``from_model``.  In a live notebook the kernel answers every
+    move on ``device`` (see ``place_of``): it casts the tensor for real, or runs the model under autocast with the loss
+    times S.  ``refresh()`` looks at tensors and model again.
 
     In ``phase`` "predict" the result is hidden; ``guess`` (log2 S) and ``expected`` (percent flushed) are compared with
     it in phase "revealed"; "off" just shows it.
@@ -47,6 +56,9 @@ class LossScaleLab(Exhibit):
 
     _esm = es_module("loss_scale_lab")
     _kind = "loss-scale-lab"
+    _controls = ("stage", "tensor", "format", "log2_scale", "phase", "guess", "expected")
+
+    _run: ModelRun | None = None
 
     recordings = t.Dict(help="stages, names, histograms, and the edges of the formats").tag(sync=True)
     device = t.Unicode(help="where the gradients were recorded, in words").tag(sync=True)
@@ -60,23 +72,33 @@ class LossScaleLab(Exhibit):
 
     def __init__(
         self,
-        recordings: Mapping[str, Stage | Recorded] | None = None,
-        stage: str | None = None,
-        tensor: str | None = None,
+        recordings: Mapping[str, Stage | Recorded] | nn.Module | ModelRun | None = None,
+        stage: str | tuple[Any, Any] | None = None,
+        tensor: str | Callable[[Any, Any], torch.Tensor] | None = None,
         format: FormatLike = "fp16",
         log2_scale: int = 0,
         *,
         phase: str = "off",
         formats: Iterable[FormatLike] | None = None,
         recorded_on: str | None = None,
+        device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
         fmt = get_format(format)
         offered = table_of(formats, _FORMATS)
         offered.setdefault(fmt.name, fmt)
-        if recordings is None:
+        if isinstance(recordings, nn.Module):
+            recordings = _run_of(recordings, stage, tensor, device)
+            stage = tensor = None
+        self._run = recordings if isinstance(recordings, ModelRun) else None
+        if self._run is not None:
+            recordings, recorded_on = {_BATCH: self._run.record()}, said_of(self._run.place)
+        elif recordings is None:
             recordings, recorded_on = _digits_at_three_stages()
-        self._stages = _histograms(recordings, offered)
+        stages = _by_stage(recordings)
+        given = {(s, n): x for s, stage_ in stages.items() for n, x in stage_.items() if isinstance(x, torch.Tensor)}
+        tensors = Tensors(given, place_of(device, given.values()) if self._run is None else self._run.place)
+        self._stages = _histograms(stages, tensors, offered)
         first = next(iter(self._stages))
         state = {
             "stage": stage if stage is not None else first,
@@ -85,7 +107,8 @@ class LossScaleLab(Exhibit):
             "log2_scale": log2_scale,
             "phase": phase,
         }
-        super().__init__(offered, name, **state)
+        super().__init__(offered, name, tensors, **state)
+        self._only_between_cells = self._run is not None
         # Set apart, because the name of the links must not depend on the machine that recorded.
         self.recordings = _for_the_page(self._stages, offered)
         self.device = f"Recorded on {recorded_on}." if recorded_on else "Recorded before and given to this exhibit."
@@ -109,11 +132,56 @@ class LossScaleLab(Exhibit):
         follow.  ``layers`` are names of ``model.named_modules()``; None means every layer with parameters of its own.
         ``options`` go to the constructor.  Raises KeyError for an unknown layer.
         """
-        place = _place(model, device)
-        if any(p.device != place for p in model.parameters()):
-            model = copy.deepcopy(model).to(place)
-        record = record_gradients(model, _moved(inputs, place), _moved(targets, place), loss_fn)
-        return cls({"this batch": _named(record, model, layers)}, recorded_on=_said(place), **options)
+        return cls(ModelRun(model, inputs, targets, loss_fn, device, layers), **options)
+
+    def refresh(self) -> None:
+        """Record the model, or count the tensors, as they are now: after a step of training, say."""
+        if self._run is not None:
+            self._run.park()  # a copy on another device would be that of the older weights
+            self._stages = {_BATCH: self._run.record()}
+        for stage, name in self._tensors:
+            self._stages[stage][name] = _counted(self._tensors.at((stage, name)), self._offered)
+        self.recordings = _for_the_page(self._stages, self._offered)
+
+    def _measure(self) -> Measured:
+        histogram, key = self._stages[self.stage][self.tensor], (self.stage, self.tensor)
+        fmt, shares, place = self._format(self.format), self.shares(), self._tensors.place.type
+        if self._run is not None and fmt.name in _AUTOCAST:
+            found = self._rerun(fmt)
+        elif key in self._tensors:
+            counts = cast_counts(self._tensors.at(key), fmt, self.log2_scale)
+            predicted = (round(share * histogram.total) for share in (shares.flushed, shares.overflowed))
+            found = Measured(compared(counts, *predicted), counts.path, counts.total)
+        else:
+            found = Measured("", f"{place}: exact histogram", histogram.total)
+        return replace(found, said="") if self.phase == "predict" else found
+
+    def _rerun(self, fmt: FloatFormat) -> Measured:
+        """The gradients of the model under autocast, with the loss times S."""
+        here, k = self._stages[self.stage][self.tensor], self.log2_scale
+        record = self._run.record(fmt.torch_dtype, k)
+        found = record[self.tensor]
+        broken = sum(h.infinite + h.nan > 0 for name, h in record.items() if name.endswith(": weights"))
+        step = (
+            f"{_plural(broken, 'weight gradient')} with inf or NaN: the step is skipped."
+            if broken
+            else "No weight gradient has inf or NaN: the step is taken."
+        )
+        dtype = str(fmt.torch_dtype).removeprefix("torch.")
+        said = (
+            f"Run for real under {dtype} autocast with the loss times 2^{k}: {percent(found.zero / found.total)} of "
+            f"this gradient is zero, {percent(here.zero / here.total)} without autocast. {step}"
+        )
+        return Measured(said, f"{self._run.place.type}: {dtype} autocast", found.total)
+
+    def _park(self) -> None:
+        super()._park()
+        if self._run is not None:
+            self._run.park()
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._run = None
 
     _check_stage = t.validate("stage")(choice("stage", lambda self: self._stages))
     _check_tensor = t.validate("tensor")(choice("tensor", lambda self: next(iter(self._stages.values()))))
@@ -218,15 +286,21 @@ def _safest(histogram: MagnitudeHistogram, fmt: FloatFormat) -> int | None:
     return aligned if histogram.shares(fmt, aligned).overflowed == 0 else aligned - 1
 
 
-def _histograms(
-    recordings: Mapping[str, Stage | Recorded], formats: Mapping[str, FloatFormat]
-) -> dict[str, dict[str, MagnitudeHistogram]]:
-    """Histograms by stage and name; see ``LossScaleLab`` for what is taken and what is refused."""
+def _run_of(model: nn.Module, batch: Any, loss_fn: Any, device: torch.device | str | None) -> ModelRun:
+    """The run of ``LossScaleLab(model, (inputs, targets), loss_fn)``; TypeError for anything else."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not callable(loss_fn):
+        got = f"{type(batch).__name__} and {type(loss_fn).__name__}"
+        raise TypeError(f"expected LossScaleLab(model, (inputs, targets), loss_fn), got {got} after the model")
+    return ModelRun(model, *batch, loss_fn, device)
+
+
+def _by_stage(recordings: Mapping[str, Stage | Recorded]) -> dict[str, dict[str, Recorded]]:
+    """What was recorded by stage and name; see ``LossScaleLab`` for what is taken and what is refused."""
     if not isinstance(recordings, Mapping) or not recordings:
         raise ValueError(f"expected a mapping with at least one recording, got {recordings!r}: give stage -> tensors")
     if all(isinstance(value, Recorded) for value in recordings.values()):
         recordings = {"recorded": recordings}
-    stages = {name: _stage(name, value, formats) for name, value in recordings.items()}
+    stages = {name: _stage(name, value) for name, value in recordings.items()}
     first = next(iter(stages))
     for name, stage in stages.items():
         if not 1 <= len(stage) <= MOST_TENSORS:
@@ -237,23 +311,35 @@ def _histograms(
     return stages
 
 
-def _stage(name: str, stage: Stage, formats: Mapping[str, FloatFormat]) -> dict[str, MagnitudeHistogram]:
+def _stage(name: str, stage: Stage) -> dict[str, Recorded]:
     if isinstance(stage, GradientRecord):
         by_kind = {"weights": stage.weights, "activations": stage.activations}
-        stage = {f"{layer}: {kind}": h for kind, layers in by_kind.items() for layer, h in layers.items()}
+        return {f"{layer}: {kind}": h for kind, layers in by_kind.items() for layer, h in layers.items()}
     if not isinstance(stage, Mapping):
         raise TypeError(f"expected {name!r} to hold tensors or histograms by name, got {type(stage).__name__}")
-    return {key: _histogram(f"{key!r} of {name!r}", value, formats) for key, value in stage.items()}
+    for key, value in stage.items():
+        if not isinstance(value, Recorded):
+            got = type(value).__name__
+            raise TypeError(f"expected {key!r} of {name!r} to be a tensor or a MagnitudeHistogram, got {got}")
+    return dict(stage)
 
 
-def _histogram(what: str, value: Recorded, formats: Mapping[str, FloatFormat]) -> MagnitudeHistogram:
-    if not isinstance(value, Recorded):
-        raise TypeError(f"expected {what} to be a tensor or a MagnitudeHistogram, got {type(value).__name__}")
-    if isinstance(value, torch.Tensor):
-        value = MagnitudeHistogram.of(value, formats=formats.values())
-    for fmt in formats.values():
-        value.shares(fmt)  # says what is wrong: empty, or made for other formats
-    return value
+def _histograms(
+    stages: Mapping[str, Mapping[str, Recorded]], tensors: Tensors, formats: Mapping[str, FloatFormat]
+) -> dict[str, dict[str, MagnitudeHistogram]]:
+    """A histogram for each recording, counted where the exhibit computes."""
+    found: dict[str, dict[str, MagnitudeHistogram]] = {stage: {} for stage in stages}
+    for stage, recorded in stages.items():
+        for name, value in recorded.items():
+            key = stage, name
+            found[stage][name] = _counted(tensors.at(key), formats) if key in tensors else value
+            for fmt in formats.values():
+                found[stage][name].shares(fmt)  # says what is wrong: empty, or made for other formats
+    return found
+
+
+def _counted(x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> MagnitudeHistogram:
+    return MagnitudeHistogram.of(x.float() if x.dtype == torch.float64 else x, formats=formats.values())
 
 
 def _for_the_page(stages: Mapping[str, Mapping[str, MagnitudeHistogram]], formats: Mapping[str, FloatFormat]) -> dict:
@@ -280,46 +366,6 @@ def _narrowed(histogram: MagnitudeHistogram, thresholds: tuple[tuple[float, bool
     return {key: value for key, value in known.items() if key != "thresholds"} | {"counts": rows}
 
 
-def _place(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
-    """The device to record on; ValueError for a model without parameters."""
-    if wanted is None:
-        here = {p.device for p in model.parameters()}
-        if len(here) != 1:
-            got = ", ".join(sorted(map(str, here))) or "no parameters"
-            raise ValueError(f"expected a model on one device, got {got}: say with device= where to record")
-        wanted = devices.pick().device if here == {torch.device("cpu")} else here.pop()
-    return torch.empty(0, device=wanted).device  # with its number, as parameters have it
-
-
-def _said(place: torch.device) -> str:
-    return f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else str(place)
-
-
-def _moved(x: Any, place: torch.device) -> Any:
-    if isinstance(x, dict):
-        return {key: _moved(value, place) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(_moved(value, place) for value in x)
-    return x.to(place) if isinstance(x, torch.Tensor) else x
-
-
-def _named(
-    record: GradientRecord, model: nn.Module, layers: Iterable[str] | None = None
-) -> dict[str, MagnitudeHistogram]:
-    """The histograms of the chosen layers, named after the layer, its class and the kind of gradient."""
-    modules = dict(model.named_modules())
-    chosen = list(record.weights) if layers is None else list(layers)
-    if unknown := [layer for layer in chosen if layer not in record.weights and layer not in record.activations]:
-        recorded = sorted({*record.weights, *record.activations})
-        raise KeyError(f"expected layers with a recorded gradient ({', '.join(recorded)}), got {', '.join(unknown)}")
-    return {
-        f"{layer} {type(modules[layer]).__name__}: {kind}".strip(): found[layer]
-        for layer in chosen
-        for kind, found in (("weights", record.weights), ("activations", record.activations))
-        if layer in found
-    }
-
-
 def _digits_at_three_stages() -> tuple[dict[str, Stage], str]:
     """The gradients of one batch of digits before, early in and late in the training of ``models.convnet``."""
     place = devices.pick().device
@@ -330,5 +376,5 @@ def _digits_at_three_stages() -> tuple[dict[str, Stage], str]:
         done = steps
         batch = data.train_images[:256], data.train_labels[:256]
         record = record_gradients(model, *batch, nn.functional.cross_entropy)
-        stages[f"after {steps} steps" if steps else "before training"] = _named(record, model)
-    return stages, _said(place)
+        stages[f"after {steps} steps" if steps else "before training"] = named(record, model)
+    return stages, said_of(torch.empty(0, device=place).device)

@@ -143,6 +143,70 @@ export function follow(model, keys, paint) {
   };
 }
 
+// Questions one at a time, for the newest version only: what changes before the answer is asked after it, once.
+export function newestOnly(ask) {
+  let version = 0, asked = 0;
+  const next = () => { asked = version; ask(version); };
+  return {
+    changed() { version += 1; if (!asked) next(); },
+    // Whether the answer with this number is awaited and still about the present state.
+    answered(number) {
+      if (number !== asked) return false;
+      asked = 0;
+      if (number === version) return true;
+      next();
+      return false;
+    },
+  };
+}
+
+const tookText = (ms) => (ms < 0.1 ? "less than 0.1 ms" : `${ms.toFixed(1)} ms`);
+const ALONE = "Computed in your browser; no kernel has answered yet.";
+const FAILED = "The kernel could not compute this state; the numbers come from your browser.";
+
+// The kernel behind an exhibit.  It is asked after every change, `show` gets the texts of its answers, and a line says
+// which device answered.  A page without a kernel refuses the first question: then nothing is added.
+export function live({ model, root, keys, show }) {
+  const view = uid("view"), stateOf = () => Object.fromEntries(keys.map((key) => [key, model.get(key)]));
+  const line = h("p", { class: "mpl-muted mpl-source", "data-live": "line" }, ALONE);
+  const said = h("output", { class: "mpl-say", "data-live": "said", "aria-live": "polite", hidden: true });
+  const alert = h("p", { class: "mpl-error", role: "alert", "data-live": "error" });
+  const questions = newestOnly((id) => model.send({ kind: "compute", view, id, state: stateOf() }));
+  let state = null, texts = null;
+  const heard = (content) => {
+    if (content.kind !== "answer" || content.view !== view || !questions.answered(content.id)) return;
+    alert.textContent = content.error ?? "";
+    texts = content.error ? null : content.texts;
+    line.textContent = content.error ? FAILED : `Computed by the kernel on ${content.device}, ${content.path}: `
+      + `${content.elements} values in ${tookText(content.milliseconds)}.`;
+    write(said, content.error ? "" : content.said);
+    said.hidden = !said.textContent;
+    if (texts) show(texts);
+  };
+  const changed = (data = false) => {
+    const now = JSON.stringify(stateOf());
+    if (now === state && !data) { // repainted, as after a change of width
+      if (texts) show(texts);
+      return;
+    }
+    [state, texts] = [now, null];
+    questions.changed();
+  };
+  const leave = () => {
+    model.off("msg:custom", heard);
+    try { model.send({ kind: "gone", view }); } catch { /* a kernel that has gone needs no goodbye */ }
+  };
+  model.on("msg:custom", heard);
+  try {
+    changed();
+  } catch {
+    model.off("msg:custom", heard);
+    return { changed() {}, stop() {} };
+  }
+  root.firstChild.append(said, alert, line);
+  return { changed, stop: leave };
+}
+
 // A table that scrolls in its own box where the page is narrow.
 export function table(caption, heads, rows) {
   return h("div", { class: "mpl-scroll", role: "group", tabindex: 0, "aria-label": caption },
