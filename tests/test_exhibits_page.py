@@ -22,7 +22,7 @@ def test_without_a_clipboard_the_link_stands_in_a_field(pages):
 def drive_selects(kind: str, visit: Visit) -> None:
     root = visit.page.locator(".mpl-exhibit")
     for field in root.locator("select").all():
-        if not field.is_enabled():  # a list can switch others off
+        if not (field.is_enabled() and field.is_visible()):  # a list can switch others off or take them away
             continue
         values = field.locator("option").evaluate_all("options => options.map(o => o.value)")
         for value in (values[-1], values[0]):

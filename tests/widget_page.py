@@ -16,6 +16,7 @@ from mixprec_lab.exhibits import (
     AutocastMicroscope,
     BitExplorer,
     Clinic,
+    Drill,
     LossScaleLab,
     LostUpdateMap,
     MemoryCalculator,
@@ -32,6 +33,7 @@ from mixprec_lab.exhibits import (
 )
 from mixprec_lab.exhibits.scaler_simulator import OVERRIDES
 from mixprec_lab.formats import FORMATS
+from mixprec_lab.interview import get_question
 
 HOST = Path(__file__).parents[1] / "book" / "_ext" / "static" / "widget-host.js"
 
@@ -82,6 +84,14 @@ def gradients() -> dict[str, dict[str, torch.Tensor]]:
         "broken": torch.tensor([1.0, torch.inf, -torch.inf, torch.nan, 0.0]),
     }
     return {"early": first, "late": {name: x / 32 for name, x in first.items()}}
+
+
+CARDS = ("four-pillars", "ridge-point", "what-autocast-casts", "code-kahan", "cast-overhead", "code-stochastic")
+
+
+def cards() -> list:
+    """Six questions of three themes and all levels, two of them with code."""
+    return [get_question(id) for id in CARDS]
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,12 @@ SAMPLES = {
         {"patient": "2", "step": 39, "ordered": "scaler,cheap", "diagnosis": "none", "phase": "revealed"},
         mouse={"Patient": "own"},
         heavy=lambda: Clinic(("stale_amax", "scaler_state_not_restored"), name="ward"),
+    ),
+    "drill": Sample(
+        lambda: Drill(cards(), now="2026-11-26T09:30:00", name="drill"),
+        ("mode", "theme", "level", "order", "pile", "card", "side", "count", "minutes"),
+        {"theme": "coding", "order": "themes", "pile": "all", "card": "code-kahan", "side": "back", "minutes": 60},
+        heavy=lambda: Drill(now="2026-11-26T09:30:00", name="drill"),
     ),
     "one-tensor": Sample(
         lambda: OneTensorEveryScheme(name="one"),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixprec_lab.exhibits.autocast_microscope import AutocastMicroscope
     from mixprec_lab.exhibits.bit_explorer import BitExplorer
+    from mixprec_lab.exhibits.clinic import Clinic
+    from mixprec_lab.exhibits.drill import Drill
     from mixprec_lab.exhibits.loss_scale_lab import LossScaleLab
     from mixprec_lab.exhibits.lost_update_map import LostUpdateMap
     from mixprec_lab.exhibits.memory_calculator import MemoryCalculator
@@ -26,6 +28,7 @@ _HOMES = {
     "AutocastMicroscope": "autocast_microscope",
     "BitExplorer": "bit_explorer",
     "Clinic": "clinic",
+    "Drill": "drill",
     "LossScaleLab": "loss_scale_lab",
     "LostUpdateMap": "lost_update_map",
     "MemoryCalculator": "memory_calculator",
@@ -45,6 +48,7 @@ __all__ = [
     "AutocastMicroscope",
     "BitExplorer",
     "Clinic",
+    "Drill",
     "LossScaleLab",
     "LostUpdateMap",
     "MemoryCalculator",

@@ -21,16 +21,17 @@ _OWN_COLOURS = ("#4d4d4d", "#c9c9c9")  # for formats that are not in FORMATS
 
 
 @cache
-def es_module(name: str) -> str:
-    """The source of exhibit ``name`` as one module: the shared files, without ``export``, then its own.
+def es_module(name: str, *own: str) -> str:
+    """The source of exhibit ``name`` as one module: the shared files and its own parts, without ``export``, then it.
 
     Every file is a module of its own, for node and for editors; the page and JupyterLab get them joined because a
     widget travels as one string.  Comment lines stay behind.
     """
     parts = []
-    for file in (*_SHARED, f"{name}.js"):
+    joined = (*_SHARED, *own)
+    for file in (*joined, f"{name}.js"):
         source = re.sub(r"^(import [^;]*;| *//.*)\n", "", (_HERE / file).read_text("utf-8"), flags=re.MULTILINE)
-        parts.append(re.sub(r"^export ", "", source, flags=re.MULTILINE) if file in _SHARED else source)
+        parts.append(re.sub(r"^export ", "", source, flags=re.MULTILINE) if file in joined else source)
     return "".join(parts)
 
 

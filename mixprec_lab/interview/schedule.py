@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 Date = datetime.date
 FIRST_INTERVAL, SECOND_INTERVAL = 1, 6  #: days
+LONGEST = 36_500  #: days: a century; the published rule has no end, dates have
 EASE_FLOOR = 130
 PASSED, WELL_KNOWN = 3, 4  #: a quality below the first starts the card anew, one below the second repeats it today
 VERSION = 1
@@ -41,10 +42,13 @@ def next_ease(ease: int, quality: int) -> int:
 
 
 def next_interval(repetitions: int, interval: int, ease: int) -> int:
-    """Days to the next review after the ``repetitions``-th passed one: 1, 6, then ``interval`` * ease, rounded up."""
+    """Days to the next review after the ``repetitions``-th passed one: 1, 6, then ``interval`` * ease, rounded up.
+
+    At most ``LONGEST``.
+    """
     if repetitions <= 2:
         return SECOND_INTERVAL if repetitions == 2 else FIRST_INTERVAL
-    return -(-interval * ease // 100)
+    return min(-(-interval * ease // 100), LONGEST)
 
 
 def review(state: Mapping, quality: int, today: Date) -> dict:
@@ -115,6 +119,8 @@ def _checked(state: Mapping) -> Mapping:
     for key, least in (("repetitions", 0), ("interval", 0), ("ease", EASE_FLOOR)):
         if not isinstance(state[key], int) or isinstance(state[key], bool) or state[key] < least:
             raise ValueError(f"expected {key} to be a whole number of at least {least}, got {state[key]!r}")
+    if state["interval"] > LONGEST:
+        raise ValueError(f"expected interval to be at most {LONGEST} days, got {state['interval']}")
     if not isinstance(state["again"], bool):
         raise ValueError(f"expected again to be true or false, got {state['again']!r}")
     if state["due"] is not None:
@@ -124,7 +130,7 @@ def _checked(state: Mapping) -> Mapping:
 
 def _date(text: object) -> Date:
     try:
-        if isinstance(text, str) and len(text) == 10:
+        if isinstance(text, str) and len(text) == 10 and text >= "1900":  # room for the longest interval before it
             return Date.fromisoformat(text)
     except ValueError:
         pass

@@ -32,6 +32,7 @@ const answers = {
   },
   "precision-chooser": () => (state) => js.texts(state, traits),
   museum: () => (state) => js.texts(state, traits),
+  drill: () => ({ call, args }) => (call === "texts" ? js.texts(args[0], traits) : js[call](...args)),
   clinic: () => (state) => js.texts(state, traits),
   "one-tensor": () => (state) => {
     const { tensor, found, shown, ...rest } = js.compute(state, traits);
