@@ -34,6 +34,14 @@ def test_a_stub_is_not_done_and_a_crash_is_shown(check, capsys):
     assert verdict(check, lambda *a: torch.ones(2, 2), capsys).startswith("Not yet: expected ")
 
 
+def test_two_tensors_that_begin_alike_are_told_by_the_value_that_differs(capsys):
+    from mixprec_lab.checks._verdict import check
+
+    wanted = torch.tensor([1.0, math.inf, math.nan, 3.0])
+    check(lambda x: torch.tensor([1.0, math.inf, math.nan, 2.0]), [((0,), wanted)])
+    assert capsys.readouterr().out == "Not yet: expected 3, got 2 at [3] for <lambda>(0)\n"
+
+
 def consumes_its_generator(parameters, scale):
     overflow = any(not p.grad.isfinite().all() for p in parameters)
     for p in parameters:

@@ -62,6 +62,14 @@ def test_strip_removes_what_changes_from_run_to_run(notebook):
     assert stripped.cells[1].execution_count == stripped.cells[1].outputs[1].execution_count == 1
 
 
+def test_strip_joins_what_the_kernel_cut():
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in (
+        ("stdout", "a"), ("stdout", "b\n"), ("stderr", "c"), ("stdout", "d"), ("stdout", "e"))]  # fmt: skip
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print()", outputs=outputs)])
+    kept = strip_notebooks.strip(book).cells[0].outputs
+    assert [(o.name, o.text) for o in kept] == [("stdout", "ab\n"), ("stderr", "c"), ("stdout", "de")]
+
+
 def test_strip_twice_is_strip_once(notebook, tmp_path, capsys):
     path = tmp_path / "n.ipynb"
     nbformat.write(notebook, path)

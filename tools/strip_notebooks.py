@@ -26,9 +26,21 @@ def strip_output(output: NotebookNode, number: int) -> None:
         output.metadata = NotebookNode()
 
 
+def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """The outputs with neighbours of one stream joined: where the kernel cut the text depends on its timing."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == "stream" == kept[-1].output_type and output.name == kept[-1].name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def strip_cell(cell: NotebookNode, number: int) -> None:
     """Number one code cell and strip its outputs; tags and other metadata stay."""
     cell.execution_count = number if cell.source.strip() else None
+    cell.outputs = merged(cell.outputs)
     for output in cell.outputs:
         strip_output(output, number)
 

@@ -37,7 +37,9 @@ def farthest(got: object, expected: object) -> str:
         return f"expected {show(expected)}, got {show(got)}"
     if got.shape != expected.shape:
         return f"expected a tensor of shape {list(expected.shape)}, got one of shape {list(got.shape)}"
-    distance = (got.detach().double() - expected.double()).abs().nan_to_num(nan=math.inf)
+    a, b = got.detach().double(), expected.double()
+    distance = (a - b).abs().nan_to_num(nan=math.inf)
+    distance[(a == b) | (a.isnan() & b.isnan())] = 0.0
     at = tuple(int(i) for i in torch.unravel_index(distance.argmax(), distance.shape))
     return f"expected {show(expected[at])}, got {show(got[at])} at {list(at)}"
 
@@ -45,7 +47,8 @@ def farthest(got: object, expected: object) -> str:
 def check(function: Callable, cases: Iterable[Case], relative: float = 0.0, by_element: bool = False) -> None:
     """Print the verdict on ``function`` over ``cases``: (arguments, expected result), drawn one by one.
 
-    ``by_element``: of a wrong tensor, show the value that is farthest off instead of the first.
+    ``by_element``: of a wrong tensor, show the value that is farthest off instead of the first; done anyway where the
+    first values are told by the same text.
     """
     for arguments, expected in cases:
         try:
@@ -59,7 +62,9 @@ def check(function: Callable, cases: Iterable[Case], relative: float = 0.0, by_e
             return
         if not same(got, expected, relative):
             call = f"{function.__name__}({', '.join(map(show, arguments))})"
-            told = farthest(got, expected) if by_element else f"expected {show(expected)}, got {show(got)}"
+            told = f"expected {show(expected)}, got {show(got)}"
+            if by_element or show(expected) == show(got):
+                told = farthest(got, expected)
             print(f"Not yet: {told} for {call}")
             return
     print("Correct.")
