@@ -1,7 +1,7 @@
 """Train the full set on this machine and keep the result: ``python -m mixprec_lab.regimes``, from the project's root.
 
     --quick          fewer steps and seeds, two minutes; needs --output
-    --seeds N        seeds 0 to N-1 (default 6, quick 2)
+    --seeds N        seeds 0 to N-1 (default 5, quick 2)
     --speed          measure the speed section only, in a record that exists
     --folder DIR     where single runs are kept, so that an interrupted set goes on
     --output FILE    default: book/data/regimes_<device>.json
@@ -58,7 +58,7 @@ def _full(options, tasks, regimes, device: torch.device, command: str, rounds: i
     started, told = time.perf_counter(), provenance(device, command, options.quick)
     kind = "quick" if options.quick else "full"
     folder = options.folder or Path("_build") / "regimes" / f"{slug(describe(device))}_{kind}"
-    seeds = range(options.seeds or (2 if options.quick else 6))
+    seeds = range(options.seeds or (2 if options.quick else 5))
     runs = run_all(tasks, regimes, seeds, quick=options.quick, folder=folder, device=device)
     speed = measure_speed(tasks, regimes, command, rounds=rounds, device=device)
     told["seconds"] = round(time.perf_counter() - started, 3)

@@ -74,11 +74,11 @@ def _windows(ids: torch.Tensor, starts: torch.Tensor) -> Batch:
 def text(quick: bool = True, device: torch.device | str = "cpu") -> Task:
     """A character GPT on the prose of this book: 111,948 parameters, cross-entropy a character in nats.
 
-    The last tenth of the text is held out.  ``quick``: 60 steps instead of 250.
+    The last tenth of the text is held out.  ``quick``: 60 steps instead of 150.
     """
     ids = encoded()
     edge = len(ids) * 9 // 10
-    steps = 60 if quick else 250
+    steps = 60 if quick else 150
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
@@ -98,7 +98,7 @@ def images(quick: bool = True, device: torch.device | str = "cpu") -> Task:
 
     The training loss is divided by the number of elements of a batch of 1024 x 1024 colour images, so that every output
     gets the gradient it would get there: 1e-9, far below FP16's range (see ``loss_scaling.experiment``).  ``quick``:
-    100 steps instead of 400.
+    100 steps instead of 300.
     """
     try:
         data = digits(device)
@@ -107,7 +107,7 @@ def images(quick: bool = True, device: torch.device | str = "cpu") -> Task:
             "expected scikit-learn, whose digits this task learns, got no such module: pip install scikit-learn"
         ) from error
     train, test = data.train_images.flatten(1), data.test_images.flatten(1)
-    steps = 100 if quick else 400
+    steps = 100 if quick else 300
 
     def batches(seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
