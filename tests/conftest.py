@@ -36,6 +36,11 @@ READY = """async () => {
 }"""
 
 
+WATCH_POLICY = """window.refusedByPolicy = [];
+addEventListener("securitypolicyviolation", (e) =>
+  refusedByPolicy.push(`${e.effectiveDirective}: ${e.blockedURI} ${e.sample}`));"""
+
+
 class QuietHandler(SimpleHTTPRequestHandler):
     """Serves files and prints nothing."""
 
@@ -52,6 +57,7 @@ class Visit:
         self.console_errors: list[str] = []
         self.page_errors: list[str] = []
         self.failed: list[str] = []
+        page.add_init_script(WATCH_POLICY)
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("requestfailed", lambda request: self.failed.append(f"{request.url}: {request.failure}"))
         page.on("response", self._check_response)
@@ -76,6 +82,11 @@ class Visit:
         ]
 
     @property
+    def violations(self) -> list[str]:
+        """What the page's Content-Security-Policy refused since the page was opened."""
+        return self.page.evaluate("window.refusedByPolicy")
+
+    @property
     def problems(self) -> dict[str, list[str]]:
         """Everything that must be empty, by kind; {} when all is well."""
         kinds = {
@@ -83,6 +94,7 @@ class Visit:
             "failed requests": self.failed,
             "console errors": self.console_errors,
             "page errors": self.page_errors,
+            "violations of the policy": self.violations,
         }
         return {kind: found for kind, found in kinds.items() if found}
 

@@ -31,6 +31,7 @@ TOP_PAGE = """\
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self'; base-uri 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Mixed-Precision Training Lab</title>
 <link rel="icon" href="_static/favicon.svg" type="image/svg+xml">

@@ -18,6 +18,7 @@ STAGED = {
     MATHJAX / "es5/sre": "mathjax/sre",
     MATHJAX / "LICENSE": "mathjax/LICENSE",
     STATIC / "gentle-math.js": "gentle-math.js",
+    STATIC / "page.js": "page.js",
     STATIC / "widget-host.js": "widget-host.js",
     STATIC / "book.css": "book.css",
 }
