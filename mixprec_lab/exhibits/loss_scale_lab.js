@@ -268,7 +268,7 @@ function render({ model, el }) {
   const tell = (words) => {
     for (const [key, text] of Object.entries(words)) write(said[key] ?? shares.found[key] ?? others.found[key], text);
   };
-  const kernel = live({ model, root, keys: KEYS, show: tell });
+  const kernel = live({ model, after: said.verdict, keys: KEYS, show: tell });
   const paint = () => {
     const now = state(), hidden = now.phase === "predict", f = formats[now.format], edges = book.edges[now.format];
     const index = book.names.indexOf(now.tensor), t = book.tensors[now.stage][index], k = now.log2_scale;

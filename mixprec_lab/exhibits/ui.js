@@ -164,9 +164,9 @@ const tookText = (ms) => (ms < 0.1 ? "less than 0.1 ms" : `${ms.toFixed(1)} ms`)
 const ALONE = "Computed in your browser; no kernel has answered yet.";
 const FAILED = "The kernel could not compute this state; the numbers come from your browser.";
 
-// The kernel behind an exhibit.  It is asked after every change, `show` gets the texts of its answers, and a line says
-// which device answered.  A page without a kernel refuses the first question: then nothing is added.
-export function live({ model, root, keys, show }) {
+// The kernel behind an exhibit.  It is asked after every change, `show` gets the texts of its answers, and what it says
+// stands behind the node `after`.  A page without a kernel refuses the first question: then nothing is added.
+export function live({ model, after, keys, show }) {
   const view = uid("view"), stateOf = () => Object.fromEntries(keys.map((key) => [key, model.get(key)]));
   const line = h("p", { class: "mpl-muted mpl-source", "data-live": "line" }, ALONE);
   const said = h("output", { class: "mpl-say", "data-live": "said", "aria-live": "polite", hidden: true });
@@ -203,7 +203,7 @@ export function live({ model, root, keys, show }) {
     model.off("msg:custom", heard);
     return { changed() {}, stop() {} };
   }
-  root.firstChild.append(said, alert, line);
+  after.after(said, alert, line);
   return { changed, stop: leave };
 }
 
