@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 NOTEBOOKS = $(wildcard book/*.ipynb)
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book page serve lab notebooks measure clean
+.PHONY: help install lint test book page serve lab notebooks measure wheelhouse lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,15 @@ notebooks: install ## run all notebooks in place and strip them for committing
 
 measure: install ## measure this machine (minutes) and write book/data/<device>.json
 	@$(VENV_PYTHON) tools/measure.py
+
+wheelhouse: install ## fill a folder for machines without a network: make wheelhouse TO=folder
+	@$(VENV_PYTHON) tools/wheelhouse.py $(TO)
+
+lock: install ## write requirements.lock anew, after a change of requirements.txt
+	@$(VENV_PYTHON) tools/lock.py
+
+audit: install ## look for known vulnerabilities in the locked packages
+	@$(VENV_PYTHON) tools/audit.py
 
 clean: ## remove everything that make created, .venv included
 	@rm -rf _build .assets .venv .ruff_cache .pytest_cache mixprec_lab.egg-info

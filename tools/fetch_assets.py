@@ -8,6 +8,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,8 +34,18 @@ def integrity(path: Path) -> str:
     return "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
 
 
+def tarball_name(name: str, version: str) -> str:
+    """What ``npm pack`` calls a package: ``@scope/name`` becomes ``scope-name``."""
+    return f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+
+
 def download(name: str, version: str, folder: Path) -> Path:
-    """Let npm put the package's tarball into ``folder``; exit with one sentence if it cannot."""
+    """Put the package's tarball into ``folder``: from $WHEELHOUSE if that is set, else by npm; or exit."""
+    if wheelhouse := os.environ.get("WHEELHOUSE"):
+        kept = Path(wheelhouse).expanduser() / tarball_name(name, version)
+        if not kept.is_file():
+            sys.exit(f"expected {kept.name} in WHEELHOUSE={wheelhouse}: run 'make wheelhouse' there again.")
+        return Path(shutil.copy(kept, folder))
     flags = ["pack", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     command = [*npm_command(), *flags, "--pack-destination", str(folder), f"{name}@{version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)

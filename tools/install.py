@@ -3,6 +3,9 @@
 Nothing is done twice: a stamp in .venv remembers for which path, Python and requirements it was made.  The stamp is
 written last, so an interrupted install starts again.  Standard library only; Python 3.6 must be able to parse this
 file, so that an old interpreter gets a sentence and not a traceback.
+
+``WHEELHOUSE=folder`` installs from a folder that ``make wheelhouse`` filled, without a network.  ``LOCKED=1`` installs
+the versions of requirements.lock and refuses a file whose hash is not in it.
 """
 
 import hashlib
@@ -12,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".installed.json"
 LOG = ROOT / "_build" / "install.log"
+MANIFEST = "wheelhouse.json"
 OFFLINE = re.compile(
     "NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError|Max retries exceeded"
     "|Failed to establish a new connection|Network is unreachable|Temporary failure in name resolution"
@@ -45,14 +50,62 @@ def refuse_missing_ensurepip(python):
         )
 
 
+def requirements_hash():
+    """One hash of what the environment is made from."""
+    pins = b"".join((ROOT / name).read_bytes() for name in ("requirements.txt", "pyproject.toml"))
+    return hashlib.sha256(pins).hexdigest()
+
+
+def is_locked():
+    """Whether LOCKED asks for the versions and hashes of requirements.lock; stop for a value that is no answer."""
+    given = os.environ.get("LOCKED", "")
+    if given not in ("", "0", "1"):
+        sys.exit(f"expected LOCKED=1 or nothing, got LOCKED={given}: 1 installs requirements.lock by its hashes.")
+    return given == "1"
+
+
+def wheelhouse():
+    """The folder that WHEELHOUSE names, or None; stop with one sentence if it does not serve this machine."""
+    given = os.environ.get("WHEELHOUSE", "")
+    if not given:
+        return None
+    folder = Path(given).expanduser().resolve()
+    if not (folder / MANIFEST).is_file():
+        sys.exit(f"expected WHEELHOUSE to name a folder made by 'make wheelhouse', got {folder}: it has no {MANIFEST}.")
+    check_wheelhouse(folder, json.loads((folder / MANIFEST).read_text()))
+    return folder
+
+
+def check_wheelhouse(folder, manifest):
+    """Stop with one sentence if a wheelhouse was made for another machine or other pins, or lost a byte on its way."""
+    here = {"python": "{}.{}".format(*sys.version_info[:2]), "platform": sysconfig.get_platform()}
+    for key, value in here.items():
+        if manifest[key] != value:
+            sys.exit(f"The wheelhouse is for {key} {manifest[key]}, and this is {value}: make one on a like machine.")
+    if manifest["requirements"] != requirements_hash():
+        sys.exit("The wheelhouse was made for other pins than this checkout has: run 'make wheelhouse' there again.")
+    for name, wanted in manifest["files"].items():
+        path = folder / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+        if found != wanted:
+            sys.exit(f"{path}: expected sha256 {wanted}, got {found}: copy the wheelhouse again.")
+
+
 def wanted_state():
     """Everything that, when it changes, makes the environment a different one."""
-    pins = b"".join((ROOT / name).read_bytes() for name in ("requirements.txt", "pyproject.toml"))
-    return {
+    state = {
         "path": str(VENV),
         "python": "{}.{}".format(*sys.version_info[:2]),
-        "requirements": hashlib.sha256(pins).hexdigest(),
+        "requirements": requirements_hash(),
     }
+    if is_locked():
+        state["lock"] = hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
+    return state
+
+
+def satisfies(found, wanted):
+    """Whether an environment in state ``found`` will do; a locked one also does where no lock is asked for."""
+    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def installed_state():
@@ -81,6 +134,9 @@ def run_logged(command, purpose, environment=None):
 
 def explain(purpose, output):
     """Stop with the reason a command failed: one sentence for a missing network, else the end of its output."""
+    missing = re.search(r"No matching distribution found for (\S+)", output)
+    if missing and os.environ.get("WHEELHOUSE"):
+        sys.exit(f"{purpose} failed: the wheelhouse has no {missing[1]}: run 'make wheelhouse' there again.")
     if OFFLINE.search(output):
         sys.exit(
             f"{purpose} needs the network, and the package index cannot be reached: "
@@ -90,7 +146,27 @@ def explain(purpose, output):
     sys.exit(f"{tail}\n{purpose} failed (full output: {LOG.relative_to(ROOT)}).")
 
 
-def make_environment(python, wanted, found):
+def pip_arguments(folder):
+    """What to hand to pip install, one list a call: everything at once, or the lock by hash and then the project."""
+    source = ["--no-index", "--find-links", str(folder)] if folder else []
+    if not is_locked():
+        return [[*source, "-r", "requirements.txt"]]
+    project = ["--no-deps", "--no-build-isolation", "-e", "."]  # a folder has no hash; its build needs the lock only
+    return [[*source, "--require-hashes", "-r", "requirements.lock"], [*source, *project]]
+
+
+def pip_environment(folder):
+    """The variables for pip; with a wheelhouse none of the user's own sources of packages."""
+    kept = dict(os.environ)
+    if folder:
+        kept = {key: value for key, value in kept.items() if not key.startswith("PIP_")}
+        kept["PIP_CONFIG_FILE"] = os.devnull
+    if is_locked():
+        kept.pop("PIP_FIND_LINKS", None)  # a build of the same version from elsewhere has another hash
+    return dict(kept, PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0")
+
+
+def make_environment(python, wanted, found, folder=None):
     """Create or update .venv; the stamp goes first and comes back last."""
     STAMP.unlink(missing_ok=True)
     if any(found.get(key) != wanted[key] for key in ("path", "python")):
@@ -100,12 +176,10 @@ def make_environment(python, wanted, found):
         shutil.rmtree(VENV, ignore_errors=True)
         run_logged([python, "-m", "venv", VENV], "Making .venv")
     print("Installing the pinned packages into .venv (the first time this takes a few minutes) ...", flush=True)
-    run_logged(
-        [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--retries", "2",
-         "--progress-bar", "off", "-r", "requirements.txt"],
-        "Installing the packages",
-        dict(os.environ, PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0"),
-    )  # fmt: skip
+    pip = [VENV / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    for arguments in pip_arguments(folder):
+        command = [*pip, "--retries", "2", "--progress-bar", "off", *arguments]
+        run_logged(command, "Installing the packages", pip_environment(folder))
     STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
 
 
@@ -114,10 +188,10 @@ def main():
     refuse_old_python()
     LOG.parent.mkdir(exist_ok=True)
     wanted, found = wanted_state(), installed_state()
-    if found != wanted:
+    if not satisfies(found, wanted):
         LOG.write_text("")
         # Called from inside .venv itself, sys.executable would vanish with it: use the interpreter it was made from.
-        make_environment(getattr(sys, "_base_executable", sys.executable), wanted, found)
+        make_environment(getattr(sys, "_base_executable", sys.executable), wanted, found, wheelhouse())
     fetched = subprocess.run([VENV / "bin" / "python", "tools/fetch_assets.py"], cwd=ROOT, check=False)
     if fetched.returncode:
         sys.exit(fetched.returncode)
