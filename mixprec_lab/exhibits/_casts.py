@@ -1,6 +1,7 @@
 """What a cast on the device really does to a tensor: the counts that the exhibits set beside the predicted ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from mixprec_lab.rounding import quantize
 
 _CHUNK = {"cpu": 1 << 18}  # elements worked on at once: a share of the cache; elsewhere what bounds the memory
 _CHUNK_ELSEWHERE = 1 << 26
+_FP32_MAX = torch.finfo(torch.float32).max
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -32,21 +34,39 @@ def cast_counts(x: torch.Tensor, fmt: FloatFormat, log2_scale: int = 0) -> CastC
     ``log2_scale`` is limited by FP32: -126 to 127.  Raises ValueError for an empty tensor, RuntimeError for a cast
     that the device cannot do.
     """
+    return casts_to([fmt], x, log2_scale)[0]
+
+
+def casts_to(formats: Sequence[FloatFormat], x: torch.Tensor, log2_scale: int = 0) -> list[CastCounts]:
+    """``cast_counts`` for each of ``formats``, in one walk over ``x``."""
     if x.numel() == 0:
         raise ValueError("expected at least one element, got an empty tensor")
-    flushed = overflowed = 0
-    becomes = ""
+    tallies = [_Tally() for _ in formats]
     for chunk in x.detach().reshape(-1).split(_CHUNK.get(x.device.type, _CHUNK_ELSEWHERE)):
         chunk = chunk.float()
-        scaled = chunk * 2.0**log2_scale
-        cast = _cast(scaled, fmt)
-        flushed += int(torch.count_nonzero(chunk)) - _nonzero(cast, fmt)
-        beyond = _beyond(scaled, fmt)
-        if bool(beyond.any()):
-            beyond &= chunk.isfinite()
-            overflowed += int(torch.count_nonzero(beyond))
-            becomes = becomes or _first(cast, beyond)
-    return CastCounts(x.numel(), flushed, overflowed, becomes, cast_path(x.device, fmt))
+        scaled, nonzero = chunk * 2.0**log2_scale, int(torch.count_nonzero(chunk))
+        lowest, highest = torch.aminmax(scaled)
+        largest = float(torch.maximum(-lowest, highest))  # NaN if there is one
+        for fmt, tally in zip(formats, tallies, strict=True):
+            cast = _cast(scaled, fmt)
+            tally.flushed += nonzero - _nonzero(cast, fmt)
+            if not largest < min(fmt.nearest_edges[2][0], _FP32_MAX):
+                tally.add_overflow(cast, _beyond(scaled, fmt) & chunk.isfinite())
+    return [
+        CastCounts(x.numel(), tally.flushed, tally.overflowed, tally.becomes, cast_path(x.device, fmt))
+        for fmt, tally in zip(formats, tallies, strict=True)
+    ]
+
+
+@dataclass
+class _Tally:
+    flushed: int = 0
+    overflowed: int = 0
+    becomes: str = ""
+
+    def add_overflow(self, cast: torch.Tensor, beyond: torch.Tensor) -> None:
+        self.overflowed += int(torch.count_nonzero(beyond))
+        self.becomes = self.becomes or _first(cast, beyond)
 
 
 def _first(cast: torch.Tensor, chosen: torch.Tensor) -> str:
@@ -69,7 +89,7 @@ def _beyond(x: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
     """Whether rounding to nearest takes each element beyond the largest value; never for NaN."""
     edge, at_edge = fmt.nearest_edges[2]
     magnitude = x.abs()
-    if edge > torch.finfo(torch.float32).max:
+    if edge > _FP32_MAX:
         return magnitude == math.inf
     return magnitude >= edge if at_edge else magnitude > edge
 

@@ -178,7 +178,7 @@ export function live({ model, after, keys, show }) {
     alert.textContent = content.error ?? "";
     texts = content.error ? null : content.texts;
     line.textContent = content.error ? FAILED : `Computed by the kernel on ${content.device}, ${content.path}: `
-      + `${content.elements} values in ${tookText(content.milliseconds)}.`;
+      + `${content.elements ? `${content.elements} values in ` : ""}${tookText(content.milliseconds)}.`;
     write(said, content.error ? "" : content.said);
     said.hidden = !said.textContent;
     if (texts) show(texts);

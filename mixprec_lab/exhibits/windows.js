@@ -1,7 +1,7 @@
 // Windows: every format's range on one axis, and what each makes of a distribution that can be moved.
 
 import { percent } from "./text.js";
-import { checked, drawing, follow, formatsOf, frame, h, links, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
+import { checked, drawing, follow, formatsOf, frame, h, links, live, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
 
 const KEYS = ["source", "centre", "spread", "scale"];
 const PARTS = ["flushed", "subnormal", "normal", "overflowed"];
@@ -130,6 +130,8 @@ function render({ model, el }) {
   const root = frame({ model, el, kind: "windows", title: "Windows",
     hint: "Multiply the tensor by a scale factor and watch which formats can hold it." },
   h("div", { class: "mpl-controls" }, source.node, scale.node, centre.node, spread.node), picked.node, summary, table.node);
+  const tell = (words) => { for (const [key, text] of Object.entries(words)) write(table.found[key] ?? summary, text); };
+  const kernel = live({ model, after: summary, keys: KEYS, show: tell });
   const paint = () => {
     const now = state(), recorded = now.source in recordings;
     source.show(now.source);
@@ -137,18 +139,19 @@ function render({ model, el }) {
     for (const control of [centre, spread]) control.field.disabled = recorded;
     picked.show("Ranges of the formats under the distribution of the tensor; the table below has the shares.",
       (width, height) => picture(now, formats, recordings, width, height));
-    for (const [key, text] of Object.entries(texts(now, formats, recordings))) write(table.found[key] ?? summary, text);
+    tell(texts(now, formats, recordings));
     for (const [name, f] of Object.entries(formats)) {
       const all = shares(now, name, f, recordings);
       table.bars[name].forEach((bar, i) => { bar.style.width = `${(100 * all[i + 1]).toFixed(2)}%`; });
     }
+    kernel.changed();
   };
   const { update: set, stop } = follow(model, KEYS, paint);
   paint();
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, { source: oneOf(names),
     centre: whole(-48, 16), spread: whole(1, 12), scale: whole(-24, 24) })) });
   link.read();
-  return () => { stop(); picked.stop(); link.stop(); };
+  return () => { stop(); kernel.stop(); picked.stop(); link.stop(); };
 }
 
 export default { render };

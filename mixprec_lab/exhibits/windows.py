@@ -7,9 +7,12 @@ from typing import Any
 import torch
 import traitlets as t
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import choice, es_module, table_of
+from mixprec_lab.exhibits._casts import casts_to
+from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of
 from mixprec_lab.exhibits._text import percent
 from mixprec_lab.formats import FloatFormat, FormatLike
+from mixprec_lab.loss_scaling import MagnitudeHistogram
 
 MODEL = "a model: log2 |x| normal"
 SCALES = range(-24, 25)
@@ -17,17 +20,19 @@ _PARTS = ("flushed", "subnormal", "normal", "overflowed")
 _DEFAULT = ("fp32", "tf32", "bf16", "fp16", "fp8_e5m2", "fp8_e4m3", "fp6_e3m2", "fp4_e2m1")
 
 
-class Windows(Exhibit):
+class Windows(LiveExhibit):
     """The windows of ``formats`` over a distribution, multiplied by ``2**scale``.
 
     ``source`` is ``MODEL`` (log2 of the magnitude is normal with mean ``centre`` and deviation ``spread``, in binades)
     or the name of a recording.  A recording holds, for every format and every scale from 2**-24 to 2**24, the exact
-    counts of flushed, subnormal, normal and overflowed elements; ``Windows.from_tensors`` makes them.
+    counts of flushed, subnormal, normal and overflowed elements; ``Windows.from_tensors`` makes them.  In a live
+    notebook the kernel casts the tensor for real, on its device, to every offered format that torch has.
     TraitError for values out of range and for an unknown source.
     """
 
     _esm = es_module("windows")
     _kind = "windows"
+    _controls = ("source", "centre", "spread", "scale")
 
     recordings = t.Dict(help="name -> total, zero, binades and counts").tag(sync=True)
     source = t.Unicode(MODEL).tag(sync=True)
@@ -44,15 +49,19 @@ class Windows(Exhibit):
         scale: int = 0,
         formats: Iterable[FormatLike] | None = None,
         recordings: Mapping[str, dict] | None = None,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
         offered = table_of(formats, _DEFAULT)
         if unsigned := [f.title for f in offered.values() if not f.signed]:
             raise ValueError(f"{', '.join(unsigned)} has no sign and no zero: choose formats that hold tensors")
-        recordings = dict(recordings or {})
+        given = {key: _checked(key, x) for key, x in (tensors or {}).items()}
+        held = Tensors(given, place_of(device, given.values()))
+        recordings = {key: _record(key, held.at(key), offered) for key in given} | dict(recordings or {})
         start = source or next(iter(recordings), MODEL)
         state = {"centre": centre, "spread": spread, "scale": scale}
-        super().__init__(offered, name, recordings=recordings, source=start, **state)
+        super().__init__(offered, name, held, recordings=recordings, source=start, **state)
         self._shown = {"source": start} | {k: v for k, v in state.items() if v != self.trait_defaults()[k]}
 
     @classmethod
@@ -61,14 +70,13 @@ class Windows(Exhibit):
     ) -> "Windows":
         """Windows over recorded ``tensors`` (name -> floating-point tensor); the first one is shown at the start.
 
-        Raises ValueError for no tensors, an empty one, or one that holds NaN or infinity, and TypeError for tensors
-        that are not floating-point.
+        They are counted, and in a live notebook cast, on ``device`` (see ``place_of``); ``options`` go to the
+        constructor.  Raises ValueError for no tensors, an empty one, or one that holds NaN or infinity, and TypeError
+        for tensors that are not floating-point.
         """
         if not tensors:
             raise ValueError("expected at least one tensor, got none")
-        offered = table_of(formats, _DEFAULT)
-        recordings = {name: _record(name, x, offered) for name, x in tensors.items()}
-        return cls(formats=list(offered.values()), recordings=recordings, **options)
+        return cls(formats=formats, tensors=tensors, **options)
 
     _check_source = t.validate("source")(choice("source", lambda self: [*self.recordings, MODEL]))
 
@@ -84,6 +92,21 @@ class Windows(Exhibit):
         ]
         return (0.0, below[0], below[1] - below[0], below[2] - below[1], 1 - below[2])
 
+    def _measure(self) -> Measured:
+        place, recording = self._tensors.place.type, self.recordings.get(self.source)
+        if self.source not in self._tensors:
+            source = "normal distribution" if recording is None else "exact histogram"
+            return Measured("", f"{place}: {source}", recording["total"] if recording else 0)
+        told, same, x = [], True, self._tensors.at(self.source)
+        cast = [f for f in self._offered.values() if f.torch_dtype not in (None, torch.float32)]
+        for fmt, found in zip(cast, casts_to(cast, x, self.scale), strict=True):
+            _, flushed, _, _, over = self.shares(fmt)
+            told.append(f"{fmt.title} {found.flushed} and {found.overflowed}")
+            same &= (found.flushed, found.overflowed) == (round(flushed * x.numel()), round(over * x.numel()))
+        said = f"Cast for real, elements that become zero and that overflow: {'; '.join(told)}. "
+        said += "That is as predicted." if same else "That is not what the table predicts."
+        return Measured(said if cast else "", f"{place}: {len(cast)} of {len(self._offered)} formats cast", x.numel())
+
     def result(self) -> dict[str, str]:
         """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
         texts = {}
@@ -97,20 +120,46 @@ class Windows(Exhibit):
         return texts | {"summary": f"Two thirds of the magnitudes lie within a factor of {where}."}
 
 
-def _record(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> dict:
+def _checked(name: str, x: torch.Tensor) -> torch.Tensor:
     if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
         raise TypeError(f"expected {name!r} to be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    magnitude = x.detach().double().abs().flatten().cpu().sort().values
+    return x
+
+
+def _record(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> dict:
+    """The exact counts of ``x``, made where it is: from a histogram, or by sorting what FP32 may not hold."""
+    count = _sorted_counts if x.dtype == torch.float64 else _histogram_counts
+    total, zero, binades, above = count(name, x, formats)
+    per_format = {}
+    for key, edges in above.items():
+        per_format[key] = [[total - zero - a, a - b, b - c, c] for a, b, c in zip(*edges, strict=True)]
+    shares = [[e, float(f"{n / total:.3g}")] for e, n in binades.items()]
+    return {"total": total, "zero": zero, "binades": shares, "counts": per_format}
+
+
+_Counts = tuple[int, int, dict[int, int], dict[str, list[list[int]]]]  # elements, zeros, by binade, above each edge
+
+
+def _histogram_counts(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> _Counts:
+    histogram = MagnitudeHistogram.of(x, formats=formats.values())
+    if histogram.total == 0 or histogram.infinite or histogram.nan:
+        raise ValueError(f"expected {name!r} to hold finite numbers, got an empty tensor, NaN or infinity")
+    above = {
+        key: [[histogram.count_above(edge, upper=u, log2_scale=s) for s in SCALES] for edge, u in fmt.nearest_edges]
+        for key, fmt in formats.items()
+    }
+    return histogram.total, histogram.zero, histogram.binades, above
+
+
+def _sorted_counts(name: str, x: torch.Tensor, formats: Mapping[str, FloatFormat]) -> _Counts:
+    magnitude = x.detach().abs().flatten().sort().values
     if magnitude.numel() == 0 or not bool(magnitude[-1].isfinite()):
         raise ValueError(f"expected {name!r} to hold finite numbers, got an empty tensor, NaN or infinity")
     total, zero = magnitude.numel(), int((magnitude == 0).sum())
     exponents, counts = (torch.frexp(magnitude[zero:]).exponent - 1).unique(return_counts=True)
-    binades = [[int(e), float(f"{int(n) / total:.3g}")] for e, n in zip(exponents, counts, strict=True)]
-    powers = torch.tensor([2.0**-s for s in SCALES], dtype=torch.float64)
-    per_format = {}
-    for key, fmt in formats.items():
-        below = [
-            torch.searchsorted(magnitude, edge * powers, right=not upper).tolist() for edge, upper in fmt.nearest_edges
-        ]
-        per_format[key] = [[a - zero, b - a, c - b, total - c] for a, b, c in zip(*below, strict=True)]
-    return {"total": total, "zero": zero, "binades": binades, "counts": per_format}
+    powers = torch.tensor([2.0**-s for s in SCALES], dtype=torch.float64, device=x.device)
+    above = {
+        key: [(total - torch.searchsorted(magnitude, e * powers, right=not u)).tolist() for e, u in fmt.nearest_edges]
+        for key, fmt in formats.items()
+    }
+    return total, zero, dict(zip(exponents.tolist(), counts.tolist(), strict=True)), above
