@@ -16,7 +16,8 @@ from mixprec_lab.interview.schedule import (
     review,
     to_repeat,
 )
-from mixprec_lab.interview.session import PILES, Exam, answer, begin, draw, merge, mixed, queue, repeats
+from mixprec_lab.interview.session import PILES, Exam, answer, begin, draw, merge, mixed, queue, repeats, workload
+from mixprec_lab.interview.sheets import Sheet, answer_sheet, counts, listing
 
 __all__ = [
     "LEVELS",
@@ -26,13 +27,17 @@ __all__ = [
     "Code",
     "Exam",
     "Question",
+    "Sheet",
     "answer",
+    "answer_sheet",
     "begin",
+    "counts",
     "draw",
     "due",
     "export_progress",
     "get_question",
     "import_progress",
+    "listing",
     "load_bank",
     "merge",
     "mixed",
@@ -43,4 +48,5 @@ __all__ = [
     "select",
     "themes",
     "to_repeat",
+    "workload",
 ]

@@ -4,6 +4,7 @@ The exhibit ``drill`` does the same in the page.  Times are whole seconds of one
 """
 
 import datetime
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -86,6 +87,25 @@ def draw(ids: Sequence[str], count: int, seed: int) -> list[str]:
         other = state * (last + 1) >> 32
         drawn[last], drawn[other] = drawn[other], drawn[last]
     return drawn[:count]
+
+
+def workload(cards: int, new_a_day: int, days: int, known: float, rng: random.Random) -> list[int]:
+    """Answers given on each of ``days`` days by a learner who meets ``new_a_day`` new cards a day until none is left.
+
+    An answer is a 4 with probability ``known`` and a 2 otherwise; a card comes again on the same day until it gets a 4.
+    """
+    progress: dict[str, dict] = {}
+    unseen, answers, start = [str(n) for n in range(cards)], [], Date(2026, 1, 1)
+    for day in (start + datetime.timedelta(days=n) for n in range(days)):
+        plan = due(progress, progress, day) + unseen[:new_a_day]
+        del unseen[:new_a_day]
+        answers.append(0)
+        while plan:
+            for id in plan:
+                progress = answer(progress, id, 4 if rng.random() < known else 2, day)
+            answers[-1] += len(plan)
+            plan = [id for id in plan if progress[id]["again"]]
+    return answers
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from mixprec_lab.plots.bf16_vs_fp16 import losses, paired_differences, updates_l
 from mixprec_lab.plots.block_scaling import bits_and_errors, block_shapes, outlier_errors, scale_rules
 from mixprec_lab.plots.formats import bit_layouts, exponent_histogram, relative_gaps, windows
 from mixprec_lab.plots.fp8 import accumulator_errors, scale_chase
+from mixprec_lab.plots.interview import answers_per_day
 from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
@@ -32,6 +33,7 @@ __all__ = [
     "TERM_COLOURS",
     "accumulator_errors",
     "amdahl_curves",
+    "answers_per_day",
     "axes",
     "bit_layouts",
     "bits_and_errors",
