@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 NOTEBOOKS = $(wildcard book/*.ipynb)
+# As many test processes as there are cores; the tests of one file, and the cells of one notebook, stay together.
+PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book page serve lab notebooks measure wheelhouse lock audit clean
+.PHONY: help install lint test book page serve lab notebooks measure wheelhouse wheel lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -17,7 +19,7 @@ lint: install ## check the code style and that the notebooks are stripped
 	@$(VENV_PYTHON) tools/strip_notebooks.py --check $(NOTEBOOKS)
 
 test: book ## build the book, then run every test, every notebook and the site in a real browser
-	@IPYTHONDIR="$(CURDIR)/_build/ipython" $(VENV_PYTHON) -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg $(NOTEBOOKS) tests
+	@IPYTHONDIR="$(CURDIR)/_build/ipython" $(VENV_PYTHON) -m pytest $(PARALLEL) --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg $(NOTEBOOKS) tests
 
 book: install ## run the notebooks and build the HTML book, warnings as errors
 	@$(VENV_PYTHON) tools/build_book.py
@@ -39,6 +41,9 @@ measure: install ## measure this machine (minutes) and write book/data/<device>.
 
 wheelhouse: install ## fill a folder for machines without a network: make wheelhouse TO=folder
 	@$(VENV_PYTHON) tools/wheelhouse.py $(TO)
+
+wheel: install ## make the package's wheel, to lay beside a notebook that is opened alone
+	@$(VENV_PYTHON) tools/wheelhouse.py --project $(or $(TO),_build/wheel)
 
 lock: install ## write requirements.lock anew, after a change of requirements.txt
 	@$(VENV_PYTHON) tools/lock.py
