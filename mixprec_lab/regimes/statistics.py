@@ -38,10 +38,9 @@ def t_quantile(p: float, df: int) -> float:
     low, high = 0.0, 1.0
     while t_cdf(high, df) < p:
         high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-    return (low + high) / 2
+    return middle
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def seeds_needed(difference: float, deviation: float, chance: float = 0.8, alpha
     """The fewest paired seeds with which ``difference`` is seen with a probability of at least ``chance``.
 
     Errors as in ``power``; ValueError for a difference of 0, which no number of seeds tells from nothing, for a
-    ``chance`` outside of 0 to 1, and beyond a million seeds.
+    ``chance`` outside of 0 to 1, and beyond 4,096 seeds.
     """
     if difference == 0:
         raise ValueError("expected a difference other than 0: no number of seeds tells it from nothing")
@@ -130,8 +129,8 @@ def seeds_needed(difference: float, deviation: float, chance: float = 0.8, alpha
     high = 2
     while power(difference, deviation, high, alpha) < chance:
         high *= 2
-        if high > 2**20:
-            raise ValueError(f"expected a difference that a million seeds show, got {difference!r} at {deviation!r}")
+        if high > 2**12:
+            raise ValueError(f"expected a difference that 4,096 seeds show, got {difference!r} at {deviation!r}")
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
