@@ -8,6 +8,7 @@ file, so that an old interpreter gets a sentence and not a traceback.
 the versions of requirements.lock and refuses a file whose hash is not in it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -187,6 +188,13 @@ def main():
     """Bring .venv and .assets up to date."""
     refuse_old_python()
     LOG.parent.mkdir(exist_ok=True)
+    with (LOG.parent / "install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one would take a half-made .venv for a broken one and delete it
+        bring_up_to_date()
+
+
+def bring_up_to_date():
+    """Install what differs from the wanted state, and fetch the browser files."""
     wanted, found = wanted_state(), installed_state()
     if not satisfies(found, wanted):
         LOG.write_text("")
