@@ -1,7 +1,8 @@
 """Keep a notebook's text outputs; drop images, widget state and volatile metadata, and number the cells 1, 2, 3, ...
 
 The committed notebooks are the source of the book: text outputs are what the tests compare, everything else is made
-by the build.  ``--check`` changes nothing and fails if a file would change; ``--execute`` runs the notebook first.
+by the build.  Every notebook also gets the cell of first_cell.py.  ``--check`` changes nothing and fails if a file
+would change; ``--execute`` runs the notebook first.
 """
 
 import argparse
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from first_cell import ensure as ensure_first_cell
 
 TEXT = ("text/plain", "text/markdown", "text/latex", "text/html")
 VOLATILE = ("execution", "ExecuteTime", "collapsed", "scrolled")
@@ -69,8 +74,8 @@ def execute(path: Path) -> NotebookNode:
 
 
 def stripped_text(notebook: NotebookNode) -> str:
-    """The file contents of the stripped notebook; raises ``ValidationError`` if it is not a valid one."""
-    notebook = strip(notebook)
+    """The file contents of the stripped notebook with its first cell; ``ValidationError`` if it is not a valid one."""
+    notebook = strip(ensure_first_cell(notebook))
     nbformat.validate(notebook)
     return nbformat.writes(notebook, indent=1).rstrip("\n") + "\n"
 

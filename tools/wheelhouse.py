@@ -77,10 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     """Fill the folder and say what to do with it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_build" / "wheelhouse")
-    folder = parser.parse_args(argv).folder.expanduser().resolve()
+    parser.add_argument("--project", action="store_true", help="only the wheel of the project itself")
+    options = parser.parse_args(argv)
+    folder = options.folder.expanduser().resolve()
     if os.environ.pop("WHEELHOUSE", None):
         sys.exit("expected WHEELHOUSE to be unset: it names a folder to install from; TO=folder names the one to fill.")
     folder.mkdir(parents=True, exist_ok=True)
+    if options.project:
+        with tempfile.TemporaryDirectory() as scratch:
+            fetch_wheels(folder, ["--no-deps", str(source_copy(Path(scratch)))])
+        print(*folder.glob("mixprec_lab-*.whl"), sep="\n")
+        return
     (folder / install.MANIFEST).unlink(missing_ok=True)
     print(f"Filling {folder} (hundreds of megabytes; with CUDA several gigabytes) ...", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
