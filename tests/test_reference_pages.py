@@ -1,0 +1,42 @@
+"""The pages one looks things up in: glossary, bibliography, open questions, and the paths of the first page."""
+
+import re
+from itertools import pairwise
+
+from conftest import ROOT
+
+BOOK = ROOT / "book"
+
+
+def read(name: str) -> str:
+    return (BOOK / name).read_text("utf-8")
+
+
+def glossary() -> list[tuple[list[str], list[str]]]:
+    """``(terms, lines of the definition)`` of every entry."""
+    body = re.search(r"`{4}\{glossary\}\n(.*?)\n`{4}", read("glossary.md"), re.S)[1]
+    entries = []
+    for block in re.split(r"\n\n(?=\S)", body.strip("\n")):
+        lines = block.split("\n")
+        entries.append(([line for line in lines if line[:1].strip()], [line.strip() for line in lines if line[:1] == " "]))
+    return entries
+
+
+def test_every_entry_of_the_glossary_begins_with_its_chinese_name_and_goes_on():
+    for terms, lines in glossary():
+        chinese = re.fullmatch(r'<span lang="zh">([^<>]+)</span> \\', lines[0])
+        assert chinese, f"{terms[0]}: put its Chinese name first, as the other entries do"
+        assert re.search(r"[\u4e00-\u9fff]", chinese[1]), terms[0]
+        assert len(lines) > 1, terms[0]
+
+
+def test_the_glossary_is_in_order_and_names_nothing_twice():
+    first = [terms[0].lower() for terms, _ in glossary()]
+    assert [(a, b) for a, b in pairwise(first) if a >= b] == []
+    every = [term.lower() for terms, _ in glossary() for term in terms]
+    assert len(every) == len(set(every)) >= 100
+
+
+def test_no_chinese_name_stands_for_two_terms():
+    names = [lines[0] for _, lines in glossary()]
+    assert len(names) == len(set(names))
