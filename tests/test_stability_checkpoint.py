@@ -206,7 +206,9 @@ def test_a_broken_state_is_no_checkpoint():
 
 
 @pytest.mark.parametrize(
-    "extra", [lambda: 0, {1, 2}, SimpleNamespace(a=1), [object()], torch.eye(2).to_sparse()], ids=repr
+    "extra",
+    [lambda: 0, {1, 2}, SimpleNamespace(a=1), [object()], torch.eye(2).to_sparse()],
+    ids=["function", "set", "namespace", "object", "sparse"],
 )
 def test_what_could_not_be_read_safely_is_refused_when_it_is_saved(extra, tmp_path):
     fixer = RUNS["momentum"]().fixer(directory=tmp_path)
