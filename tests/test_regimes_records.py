@@ -46,6 +46,22 @@ def test_the_interval_is_that_of_a_paired_t_test(n):
     assert found.excludes_zero == (stats.ttest_rel(b, a).pvalue < 0.05)
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 7), (5, 5)])
+def test_the_interval_without_pairs_is_that_of_students_test(n, m):
+    draw = torch.Generator().manual_seed(n)
+    a, b = (torch.randn(k, generator=draw, dtype=torch.float64).tolist() for k in (n, m))
+    expected = stats.ttest_ind(b, a, equal_var=True).confidence_interval(0.95)
+    assert regimes.unpaired_interval(a, b) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"), [([1.0], [1.0, 2.0], "two results on each side"), ([1.0, 2.0], [1.0, math.inf], "finite")]
+)
+def test_results_that_make_no_interval_are_refused(a, b, words):
+    with pytest.raises(ValueError, match=words):
+        regimes.unpaired_interval(a, b)
+
+
 def test_an_interval_by_hand():
     found = paired_difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0})
     half = 0.95 / math.sqrt(2 * 0.975 * 0.025) / math.sqrt(3)  # the quantile of two degrees of freedom, solved by hand

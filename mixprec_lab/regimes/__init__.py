@@ -12,10 +12,17 @@ from mixprec_lab.regimes.comparison import Comparison, compare
 from mixprec_lab.regimes.emulation import EmulatedProducts
 from mixprec_lab.regimes.engines import Engine, build
 from mixprec_lab.regimes.gpt import GPT, corpus, gpt
-from mixprec_lab.regimes.records import load_record, save_record, validate_record
+from mixprec_lab.regimes.records import load_record, runs_of, save_record, validate_record
 from mixprec_lab.regimes.regime import REGIMES, VARIANTS, Regime, get_regime, regime_table
 from mixprec_lab.regimes.runs import check_pairs, differences, diverged, finals, run_all
-from mixprec_lab.regimes.statistics import PairedDifference, paired_difference, power, seeds_needed, t_quantile
+from mixprec_lab.regimes.statistics import (
+    PairedDifference,
+    paired_difference,
+    power,
+    seeds_needed,
+    t_quantile,
+    unpaired_interval,
+)
 from mixprec_lab.regimes.tasks import TASKS, Task, get_task
 from mixprec_lab.regimes.training import Run, train
 
@@ -50,9 +57,11 @@ __all__ = [
     "power",
     "regime_table",
     "run_all",
+    "runs_of",
     "save_record",
     "seeds_needed",
     "t_quantile",
     "train",
+    "unpaired_interval",
     "validate_record",
 ]

@@ -1,7 +1,7 @@
 """What paired seeds can tell: an interval for a difference, and how many seeds a difference needs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -83,9 +83,36 @@ def paired_difference(
     if not all(math.isfinite(d) for d in found):
         raise ValueError("expected finite results, got NaN or infinity: a diverged run is a result of its own")
     n, mean = len(found), math.fsum(found) / len(found)
-    deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in found) / (n - 1))
+    deviation = math.sqrt(_squares(found, mean) / (n - 1))
     half = t_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n)
     return PairedDifference(seeds, found, mean, deviation, mean - half, mean + half, confidence)
+
+
+def unpaired_interval(
+    baseline: Iterable[float], variant: Iterable[float], confidence: float = 0.95
+) -> tuple[float, float]:
+    """The Student interval for the same difference when nobody knows which results are pairs.
+
+    The spread of the seeds stays in it: two samples of one variance, ``len(baseline) + len(variant) - 2`` degrees of
+    freedom.  Raises ValueError for fewer than two results on a side, results that are not finite, and a confidence
+    outside of 0 to 1.
+    """
+    first, second = list(baseline), list(variant)
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"expected at least two results on each side, got {len(first)} and {len(second)}")
+    if not all(math.isfinite(x) for x in (*first, *second)):
+        raise ValueError("expected finite results, got NaN or infinity: a diverged run is a result of its own")
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, got {confidence!r}")
+    means, df = [math.fsum(x) / len(x) for x in (first, second)], len(first) + len(second) - 2
+    variance = (_squares(first, means[0]) + _squares(second, means[1])) / df
+    half = t_quantile((1 + confidence) / 2, df) * math.sqrt(variance * (1 / len(first) + 1 / len(second)))
+    return means[1] - means[0] - half, means[1] - means[0] + half
+
+
+def _squares(values: Iterable[float], mean: float) -> float:
+    """The sum of squared distances from ``mean``; products, because pow is not rounded alike everywhere."""
+    return math.fsum((x - mean) * (x - mean) for x in values)
 
 
 def power(difference: float, deviation: float, seeds: int, alpha: float = 0.05) -> float:
