@@ -21,12 +21,14 @@ from mixprec_lab.checks.master_weights import (
 from mixprec_lab.checks.memory import adapter_states, largest_batch, saved_once, sharded_states
 from mixprec_lab.checks.nan_debugging import first_bad_module, guarded_step, masked_softmax, rms_norm, safe_log
 from mixprec_lab.checks.rounding import kahan_bf16, stall_point, stochastic_grid, true_sum_in_bf16, worst_relative_error
+from mixprec_lab.checks.scaling_out import clipped_shards, fp16_mean, one_verdict, wide_sum
 from mixprec_lab.checks.speed import drift_free_ratio, honest_ratio, kernel_time, ridge_tokens, share_of_step
 
 __all__ = [
     "accumulated_step",
     "adapter_states",
     "clip_in_fp32",
+    "clipped_shards",
     "clipped_step",
     "convert",
     "decode_e4m3",
@@ -39,6 +41,7 @@ __all__ = [
     "first_lost_ratio",
     "flushed_share",
     "fp8_product",
+    "fp16_mean",
     "fp16_tools",
     "fresh_casts",
     "guarded_step",
@@ -53,6 +56,7 @@ __all__ = [
     "next_scale",
     "norms_by_type",
     "nvfp4_scales",
+    "one_verdict",
     "own_blocks",
     "reports_overflow",
     "resumed_scale",
@@ -75,5 +79,6 @@ __all__ = [
     "unscaled_in_fp32",
     "unscaled_step",
     "unscales_all",
+    "wide_sum",
     "worst_relative_error",
 ]

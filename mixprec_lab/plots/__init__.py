@@ -14,6 +14,7 @@ from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
 from mixprec_lab.plots.nan_debugging import decision_tree, detection_bars, health_history
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
+from mixprec_lab.plots.scaling_out import reduction_errors
 from mixprec_lab.plots.speed import (
     PART_COLOURS,
     amdahl_curves,
@@ -53,6 +54,7 @@ __all__ = [
     "paired_differences",
     "pillars",
     "published_ratios",
+    "reduction_errors",
     "relative_gaps",
     "rooflines",
     "rounding_steps",
