@@ -18,7 +18,8 @@ def glossary() -> list[tuple[list[str], list[str]]]:
     entries = []
     for block in re.split(r"\n\n(?=\S)", body.strip("\n")):
         lines = block.split("\n")
-        entries.append(([line for line in lines if line[:1].strip()], [line.strip() for line in lines if line[:1] == " "]))
+        definition = [line.strip() for line in lines if line.startswith(" ")]
+        entries.append((lines[: len(lines) - len(definition)], definition))
     return entries
 
 
