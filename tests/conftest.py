@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the built book on a local port or as files, and one Chromium to read it with."""
 
+import contextlib
 import functools
 import json
 import os
@@ -99,6 +100,18 @@ class Visit:
         return {kind: found for kind, found in kinds.items() if found}
 
 
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address, without a trailing slash, under which ``folder`` is served while the block runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 def find_chromium() -> str | None:
     """The browser to test with: $CHROMIUM, else the first known name on the PATH."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
@@ -148,44 +161,41 @@ def site() -> Iterator[str]:
     """The address of the built book, served on a free local port, without a trailing slash."""
     if not (HTML / "index.html").is_file():
         pytest.fail("there is no built book: run 'make book' (or 'make test') first")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(HTML)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served(HTML) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def pages(browser, tmp_path_factory) -> Iterator[Callable[..., Visit]]:
+def shelf(browser, tmp_path_factory) -> Iterator[tuple]:
+    """One browser context, a folder, and the address under which the folder is served, for one test file."""
+    folder, context = tmp_path_factory.mktemp("exhibits"), browser.new_context()
+    with served(folder) as address:
+        yield context, folder, address
+        context.close()
+
+
+@pytest.fixture
+def pages(shelf) -> Iterator[Callable[..., Visit]]:
     """``pages(exhibits, scheme, theme, width, fragment)`` -> a visit to a page that holds just them."""
     from widget_page import page_of
 
-    folder = tmp_path_factory.mktemp("exhibits")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    context, opened = browser.new_context(), []
+    (context, folder, address), opened = shelf, []
 
     def open_(exhibits, scheme="http", theme="light", width=1280, fragment="") -> Visit:
-        path = folder / f"{len(opened)}.html"
+        path = folder / f"{len(list(folder.iterdir()))}.html"
         path.write_text(page_of(exhibits, theme), "utf-8")
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.set_viewport_size({"width": width, "height": 900})
         opened.append(page)
         visit = Visit(page)
-        base = path.as_uri() if scheme == "file" else f"http://127.0.0.1:{server.server_port}/{path.name}"
-        page.goto(base + fragment)
+        page.goto((path.as_uri() if scheme == "file" else f"{address}/{path.name}") + fragment)
         page.wait_for_function("document.querySelectorAll('[data-widget=ready]').length === " + str(len(exhibits)))
         return visit
 
     yield open_
-    context.close()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    for page in opened:
+        page.close()
 
 
 @pytest.fixture(scope="session")

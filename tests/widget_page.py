@@ -1,16 +1,17 @@
 """Exhibits to test and a page of them: the state as MyST-NB embeds it, and the host script of the book."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from urllib.parse import parse_qsl
 
 import anywidget
 import torch
 import traitlets
-from conftest import Visit
-from ipywidgets.embed import embed_data
+from conftest import ROOT, Visit
+from ipywidgets.embed import dependency_state, embed_data
 
 from mixprec_lab.exhibits import (
     AutocastMicroscope,
@@ -35,7 +36,10 @@ from mixprec_lab.exhibits.scaler_simulator import OVERRIDES
 from mixprec_lab.formats import FORMATS
 from mixprec_lab.interview import get_question
 
-HOST = Path(__file__).parents[1] / "book" / "_ext" / "static" / "widget-host.js"
+sys.path.append(str(ROOT / "book/_ext"))
+from house.policy import secured
+
+HOST = ROOT / "book/_ext/static/widget-host.js"
 
 _PAGE = """<!doctype html>
 <html lang="en" data-theme="{theme}"><head><meta charset="utf-8"><title>Exhibits</title>
@@ -48,15 +52,16 @@ background: #fff }} html[data-theme="dark"] body {{ background: #14181e; color: 
 
 
 def page_of(widgets: Sequence[anywidget.AnyWidget], theme: str = "light") -> str:
-    """The HTML of a page that shows ``widgets``, one below the other."""
-    data = embed_data(views=list(widgets), drop_defaults=False)
+    """The HTML of a page that shows ``widgets``, one below the other, under the policy of a page of the book."""
+    # Without a state of its own the page would carry every widget that this process ever made.
+    data = embed_data(views=list(widgets), state=dependency_state(list(widgets), drop_defaults=False))
     views = "".join(
         f'<div class="cell_output"><script type="application/vnd.jupyter.widget-view+json">{json.dumps(spec)}'
         "</script></div>"
         for spec in data["view_specs"]
     )
     state = json.dumps(data["manager_state"], sort_keys=True).replace("</", "<\\/")
-    return _PAGE.format(theme=theme, views=views, state=state, host=HOST.read_text(encoding="utf-8"))
+    return secured(_PAGE.format(theme=theme, views=views, state=state, host=HOST.read_text(encoding="utf-8")))
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -248,17 +253,18 @@ def said(visit: Visit, at: int = 0) -> dict[str, str]:
     return visit.page.locator(".mpl-exhibit").nth(at).evaluate(SAID)
 
 
-LINK = """async () => {
+LINK = """async (root) => {
   Object.defineProperty(navigator, "clipboard", { value: undefined, configurable: true });
-  document.querySelector("[data-action=copy-link]").click();
+  root.querySelector("[data-action=copy-link]").click();
   await new Promise((done) => setTimeout(done));
-  return document.querySelector(".mpl-link").value;
+  return root.querySelector(".mpl-link").value;
 }"""
+SAID_AND_LINK = f"async (root) => [({SAID})(root), await ({LINK})(root)]"
 
 
-def link_of(visit: Visit) -> str:
+def link_of(visit: Visit, at: int = 0) -> str:
     """The link to the present state, by the button and without a clipboard."""
-    return visit.page.evaluate(LINK)
+    return visit.page.locator(".mpl-exhibit").nth(at).evaluate(LINK)
 
 
 def python_twin(kind: str, link: str):
@@ -274,8 +280,17 @@ def python_twin(kind: str, link: str):
     return twin
 
 
-def assert_page_is_python(kind: str, visit: Visit) -> None:
-    """The texts of the page are ``result()`` of the same state."""
-    page, expected = said(visit), python_twin(kind, link_of(visit)).result()
-    assert page == expected
+@cache
+def python_result(kind: str, fragment: str) -> dict[str, str]:
+    """What Python says for the state that a link ends with; a state is computed once, however often pages show it."""
+    twin = python_twin(kind, "#" + fragment)
+    found = twin.result()
+    twin.close()
+    return found
+
+
+def assert_page_is_python(kind: str, visit: Visit, at: int = 0) -> None:
+    """The texts of the exhibit at place ``at`` of the page are ``result()`` of the same state."""
+    page, link = visit.page.locator(".mpl-exhibit").nth(at).evaluate(SAID_AND_LINK)
+    assert page == python_result(kind, link.split("#")[1])
     assert visit.problems == {}
