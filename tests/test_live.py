@@ -82,7 +82,7 @@ def state_of(exhibit, **changes):
 def test_the_counts_of_a_cast_are_those_of_classify(tensor, name):
     x, fmt = gradients()["early"][tensor], get_format(name)
     for k in (-3, 0, 1, 9, 40):
-        s, found = classify(x, fmt, 2.0**k), cast_counts(x, fmt, k)
+        s, found = classify(x, fmt, 2.0**k), cast_counts(x, fmt, 2.0**k)
         assert (found.flushed, found.overflowed, found.total) == (
             round(s.flushed * x.numel()), round(s.overflowed * x.numel()), x.numel()
         ), k  # fmt: skip
@@ -93,21 +93,21 @@ def test_the_counts_of_a_cast_are_those_of_classify(tensor, name):
 )
 def test_tensors_of_any_float_dtype_are_cast(dtype):
     x = gradients()["early"]["cloud"].to(dtype)
-    s, found = classify(x.float(), "fp16", 2.0**6), cast_counts(x, get_format("fp16"), 6)
+    s, found = classify(x.float(), "fp16", 2.0**6), cast_counts(x, get_format("fp16"), 2.0**6)
     assert (found.flushed, found.overflowed) == (round(s.flushed * 2000), round(s.overflowed * 2000))
 
 
 def test_chunks_change_no_count(monkeypatch):
     x, fmt = gradients()["early"]["cloud"], get_format("fp8_e4m3")
-    whole = cast_counts(x, fmt, 24)
+    whole = cast_counts(x, fmt, 2.0**24)
     monkeypatch.setattr("mixprec_lab.exhibits._casts._CHUNK", {"cpu": 7})
-    assert cast_counts(x, fmt, 24) == whole and whole.overflowed > 7
+    assert cast_counts(x, fmt, 2.0**24) == whole and whole.overflowed > 7
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp8_e5m2", "fp8_e4m3"])
 def test_what_overflows_becomes_what_torch_makes_of_it(name):
     fmt = get_format(name)
-    found = cast_counts(torch.tensor([1.0, -fmt.largest]), fmt, 2)
+    found = cast_counts(torch.tensor([1.0, -fmt.largest]), fmt, 4.0)
     expected = torch.tensor([fmt.largest * 4]).to(fmt.torch_dtype).float().item()
     assert found.overflowed == 1 and (found.becomes == str(expected) or float(found.becomes) == expected)
 
@@ -136,7 +136,7 @@ def test_the_path_names_device_and_cast():
 @pytest.mark.parametrize("name", SIGNED)
 def test_a_gpu_casts_as_classify_says(name):
     for x in gradients()["early"].values():
-        s, found = classify(x, name, 2.0**9), cast_counts(x.cuda(), get_format(name), 9)
+        s, found = classify(x, name, 2.0**9), cast_counts(x.cuda(), get_format(name), 2.0**9)
         assert (found.flushed, found.overflowed) == (round(s.flushed * len(x)), round(s.overflowed * len(x)))
         assert found.path.startswith("cuda: ")
 

@@ -141,9 +141,8 @@ def test_decibels(error, text):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"tensor": torch.ones(4)}, ValueError, r"two dimensions of 2 or more .* got shape \(4,\)"),
+        ({"tensor": torch.ones(4)}, ValueError, r"two dimensions of 2 or more, got shape \(4,\)"),
         ({"tensor": torch.ones(1, 4)}, ValueError, "two dimensions of 2 or more"),
-        ({"tensor": torch.ones(256, 256)}, ValueError, "at most 8192 values"),
         ({"tensor": torch.zeros(4, 4)}, ValueError, "not all zero"),
         ({"tensor": torch.full((4, 4), torch.nan)}, ValueError, "finite values"),
         ({"tensor": torch.ones(4, 4, dtype=torch.int8)}, TypeError, "torch.int8"),

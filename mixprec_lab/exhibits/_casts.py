@@ -19,7 +19,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class CastCounts:
-    """How many elements of ``x * 2**log2_scale`` a cast makes zero, and how many it takes beyond the largest value."""
+    """How many elements of ``x * scale`` a cast makes zero, and how many it takes beyond the largest value."""
 
     total: int
     flushed: int  #: not zero before, zero after
@@ -28,23 +28,23 @@ class CastCounts:
     path: str
 
 
-def cast_counts(x: torch.Tensor, fmt: FloatFormat, log2_scale: int = 0) -> CastCounts:
+def cast_counts(x: torch.Tensor, fmt: FloatFormat, scale: float = 1.0) -> CastCounts:
     """The counts, from a multiplication in FP32 and a cast on the device of ``x``: torch's if it has one, else ours.
 
-    ``log2_scale`` is limited by FP32: -126 to 127.  Raises ValueError for an empty tensor, RuntimeError for a cast
-    that the device cannot do.
+    ``scale`` is an FP32 number.  Raises ValueError for an empty tensor, RuntimeError for a cast that the device cannot
+    do.
     """
-    return casts_to([fmt], x, log2_scale)[0]
+    return casts_to([fmt], x, scale)[0]
 
 
-def casts_to(formats: Sequence[FloatFormat], x: torch.Tensor, log2_scale: int = 0) -> list[CastCounts]:
+def casts_to(formats: Sequence[FloatFormat], x: torch.Tensor, scale: float = 1.0) -> list[CastCounts]:
     """``cast_counts`` for each of ``formats``, in one walk over ``x``."""
     if x.numel() == 0:
         raise ValueError("expected at least one element, got an empty tensor")
     tallies = [_Tally() for _ in formats]
     for chunk in x.detach().reshape(-1).split(_CHUNK.get(x.device.type, _CHUNK_ELSEWHERE)):
         chunk = chunk.float()
-        scaled, nonzero = chunk * 2.0**log2_scale, int(torch.count_nonzero(chunk))
+        scaled, nonzero = chunk * scale, int(torch.count_nonzero(chunk))
         lowest, highest = torch.aminmax(scaled)
         largest = float(torch.maximum(-lowest, highest))  # NaN if there is one
         for fmt, tally in zip(formats, tallies, strict=True):

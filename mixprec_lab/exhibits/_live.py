@@ -65,7 +65,7 @@ class Tensors:
         self.place = place
         self._given = {key: x.detach() if x.requires_grad else x for key, x in given.items()}
         self._parked: dict[Hashable, tuple[weakref.ref, torch.Tensor]] = {}
-        self._copy: tuple[Hashable, torch.Tensor] | None = None
+        self._copy: tuple[Hashable, torch.Tensor] | None = None  # of which key and version, and the copy
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._given or key in self._parked
@@ -75,15 +75,24 @@ class Tensors:
 
     def at(self, key: Hashable) -> torch.Tensor:
         """The tensor on ``place``: the reader's own if it lives there, so that what changes in place is seen."""
+        x = self._here(key)
+        if x.device == self.place:
+            return x
+        stamp = key, _version(x)
+        if self._copy is None or self._copy[0] != stamp or stamp[1] is None:
+            self._copy = None  # frees the last one first
+            self._copy = stamp, x.to(self.place)
+        return self._copy[1]
+
+    def versions(self) -> list[int | None]:
+        """A number for each tensor that grows when it changes in place; None where torch counts nothing."""
+        return [_version(self._here(key)) for key in self]
+
+    def _here(self, key: Hashable) -> torch.Tensor:
         if key in self._parked:
             given, kept = self._parked.pop(key)
             self._given[key] = kept if given() is None else given()
-        x = self._given[key]
-        if x.device == self.place:
-            return x
-        if self._copy is None or self._copy[0] != key:
-            self._copy = key, x.to(self.place)
-        return self._copy[1]
+        return self._given[key]
 
     def park(self) -> None:
         """Free the device: drop the copy there, and keep in host memory what only this exhibit may still hold."""
@@ -95,6 +104,10 @@ class Tensors:
     def clear(self) -> None:
         """Let go of everything."""
         self._given, self._parked, self._copy = {}, {}, None
+
+
+def _version(x: torch.Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 class LiveExhibit(Exhibit):

@@ -149,7 +149,7 @@ class LossScaleLab(LiveExhibit):
         if self._run is not None and fmt.name in _AUTOCAST:
             found = self._rerun(fmt)
         elif key in self._tensors:
-            counts = cast_counts(self._tensors.at(key), fmt, self.log2_scale)
+            counts = cast_counts(self._tensors.at(key), fmt, 2.0**self.log2_scale)
             predicted = (round(share * histogram.total) for share in (shares.flushed, shares.overflowed))
             found = Measured(compared(counts, *predicted), counts.path, counts.total)
         else:

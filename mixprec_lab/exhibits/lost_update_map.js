@@ -2,7 +2,7 @@
 
 import { exponentOf, mulberry32, neighbours, pow2, quantize, ulp } from "./float.js";
 import { percent, powerForm, significant } from "./text.js";
-import { checked, drawing, facts, follow, formatsOf, frame, h, links, oneOf, paintFormat, select, slider, svg, uid, whole,
+import { checked, drawing, facts, follow, formatsOf, frame, h, links, live, oneOf, paintFormat, select, slider, svg, uid, whole,
   write } from "./ui.js";
 
 const KEYS = ["format", "method", "weight", "rate", "place", "direction", "shows", "seed"];
@@ -261,6 +261,8 @@ function render({ model, el }) {
     const now = state(), row = RATES.indexOf(now.rate) + move[1];
     set({ weight: inside(now.weight + move[0], LOW, HIGH), rate: RATES[inside(row, 0, RATES.length - 1)] });
   });
+  const tell = (words) => { for (const [key, text] of Object.entries(words)) write(list.values[key] ?? said, text); };
+  const kernel = live({ model, after: said, keys: KEYS, show: tell });
   const paint = () => {
     const now = state(), found = compute(now, formats), words = texts(found, now);
     for (const key of Object.keys(lists)) lists[key].show(now[key]);
@@ -273,7 +275,8 @@ function render({ model, el }) {
       (width, height) => mapPicture(now, found.f, width, height, hatch));
     line.show(`Stored weight over ${STEPS} updates against the exact one. ${words.verdict}`,
       (width, height) => pathPicture(found, width, height));
-    for (const [key, text] of Object.entries(words)) write(list.values[key] ?? said, text);
+    tell(words);
+    kernel.changed();
   };
   const { update: set, stop } = follow(model, KEYS, paint);
   paint();
@@ -282,7 +285,7 @@ function render({ model, el }) {
     method: first(METHODS), weight: whole(LOW, HIGH), rate: oneOf(RATES), place: first(PLACES),
     direction: first(DIRECTIONS), shows: first(SHOWS), seed: whole(0, 20) })) });
   link.read();
-  return () => { stop(); map.stop(); line.stop(); link.stop(); };
+  return () => { stop(); kernel.stop(); map.stop(); line.stop(); link.stop(); };
 }
 
 export default { render };

@@ -1,18 +1,20 @@
 """The lost-update map: which updates a weight of each size notices, and 200 steps of one weight."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import torch
 import traitlets as t
+from torch import nn
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, read_number, table_of
+from mixprec_lab.exhibits._base import choice, es_module, read_number, table_of
+from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of
 from mixprec_lab.exhibits._text import percent, power_form, shortest, significant
 from mixprec_lab.exhibits.stalling_sum import _mulberry32
 from mixprec_lab.formats import FloatFormat, FormatLike, get_format
 from mixprec_lab.master_weights import UPDATE_METHODS, simulate_weight, unchanged
-from mixprec_lab.rounding import ulp
+from mixprec_lab.rounding import quantize, ulp
 
 STEPS = 200
 WEIGHTS = range(-20, 4)
@@ -24,7 +26,7 @@ MEASURES = ("lost", "unmoved")
 _DEFAULT = ("fp16", "bf16", "fp8_e5m2", "fp8_e4m3")
 
 
-class LostUpdateMap(Exhibit):
+class LostUpdateMap(LiveExhibit):
     """The plane of ``|w|`` and learning rate in one format, and ``STEPS`` equal updates of the weight chosen in it.
 
     The update is the learning rate itself, as FP32: the normalised step of Adam has a size near 1.  A cell counts every
@@ -38,12 +40,17 @@ class LostUpdateMap(Exhibit):
     ``method`` is one of ``mixprec_lab.master_weights.UPDATE_METHODS``; ``rate`` one of ``RATES``, as text or number;
     the weight that is followed is the ``place`` (first, middle, last) of its binade and goes in ``direction`` (away
     from zero or toward it); ``seed`` (0 to 20) feeds stochastic rounding by the generator that page and Python share.
+
+    ``weights`` are your own (a model, a tensor, or tensors by name).  In a live notebook the kernel counts, on
+    ``device`` (see ``place_of``), how many of them lose the chosen update.
+
     TraitError for anything else; ValueError for formats that saturate (FP6, FP4: at the top nothing could move), have
     no sign, or more than 10 mantissa bits (too many weights in a binade to count one by one).
     """
 
     _esm = es_module("lost_update_map")
     _kind = "lost-update-map"
+    _controls = ("format", "method", "weight", "rate", "place", "direction", "shows", "seed")
 
     format = t.Unicode("bf16").tag(sync=True)
     method = t.Unicode("nearest").tag(sync=True)
@@ -66,6 +73,8 @@ class LostUpdateMap(Exhibit):
         shows: str = "lost",
         seed: int = 0,
         formats: Iterable[FormatLike] | None = None,
+        weights: torch.Tensor | nn.Module | Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
         fmt = get_format(format)
@@ -76,7 +85,10 @@ class LostUpdateMap(Exhibit):
                 f"{', '.join(unfit)}: choose among fp16, bf16, tf32 and the FP8 formats"
             )
         state = {"format": fmt.name, "method": method, "weight": weight, "rate": _as_rate(rate), "place": place}
-        super().__init__(offered, name, **state, direction=direction, shows=shows, seed=seed)
+        given = _given(weights)
+        self._counted: dict[str, tuple[list[int | None], torch.Tensor, torch.Tensor]] = {}
+        held = Tensors(given, place_of(device, given.values()))
+        super().__init__(offered, name, held, **state, direction=direction, shows=shows, seed=seed)
 
     _check_format = t.validate("format")(choice("format", lambda self: self._offered))
     _check_method = t.validate("method")(choice("method", lambda self: UPDATE_METHODS))
@@ -135,6 +147,40 @@ class LostUpdateMap(Exhibit):
         verdict = self._verdict(path, fmt) if path.numel() else _no_such_weight(fmt)
         return {"verdict": verdict, "lost": lost, "unmoved": unmoved, **texts, "bytes": _bytes(fmt, self.method)}
 
+    def _measure(self) -> Measured:
+        fmt, place = self._format(self.format), self._tensors.place.type
+        if not list(self._tensors):
+            return Measured("", f"{place}: emulated {fmt.title}", 0)
+        values, counts = self._occupied(fmt)
+        update = torch.where(values < 0, -1.0, 1.0) * (self._sign() * _update(self.rate))
+        total, path = int(counts.sum()), f"{place}: exact histogram of {fmt.title} weights"
+        if self.method == "stochastic":
+            return Measured(f"Of your {total} weights, none loses an update on average.", path, total)
+        lost = int(counts[self._lost(values, update)].sum())
+        way = "away from zero" if self.direction == "away" else "toward zero"
+        said = (
+            f"Of your {total} weights in {fmt.title}, {lost} ({percent(lost / total)}) lose every update of {self.rate}"
+        )
+        return Measured(f"{said} {way}.", path, total)
+
+    def _occupied(self, fmt: FloatFormat) -> tuple[torch.Tensor, torch.Tensor]:
+        """The values of the format among the weights, float64, and how often each occurs; kept until one changes."""
+        versions, known = self._tensors.versions(), self._counted.get(fmt.name)
+        if known is None or known[0] != versions or None in versions:
+            parts = [_tally(self._tensors.at(key), fmt) for key in self._tensors]
+            values, index = torch.cat([v for v, _ in parts]).unique(return_inverse=True)
+            counts = torch.zeros_like(values, dtype=torch.int64).index_add_(0, index, torch.cat([n for _, n in parts]))
+            known = self._counted[fmt.name] = versions, values, counts
+        return known[1:]
+
+    def _park(self) -> None:
+        super()._park()
+        self._counted.clear()
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._counted = {}
+
     def _sign(self) -> int:
         return 1 if self.direction == "away" else -1
 
@@ -176,6 +222,38 @@ class LostUpdateMap(Exhibit):
             return f"Lost: the weight stays at {at}, however often an update of {self.rate} comes."
         holder = "the compensation" if self.method == "kahan" else "the FP32 master"
         return f"Not moved yet, and nothing is lost: {holder} holds what is missing."
+
+
+def _given(weights: torch.Tensor | nn.Module | Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The weights by name; TypeError for what is not floating-point, ValueError for none."""
+    if weights is None:
+        return {}
+    if isinstance(weights, nn.Module):
+        weights = dict(weights.named_parameters())
+    found = {"weights": weights} if isinstance(weights, torch.Tensor) else dict(weights)
+    for key, x in found.items():
+        if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+            got = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"expected {key!r} to be a floating-point tensor, got {got}")
+    if not sum(x.numel() for x in found.values()):
+        raise ValueError("expected at least one weight, got none")
+    return found
+
+
+def _tally(x: torch.Tensor, fmt: FloatFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values that ``x`` takes in the format and how often, on its device, without sorting where torch has codes."""
+    x = x.detach().reshape(-1)
+    stored = quantize(x if x.dtype == torch.float64 else x.float(), fmt, overflow="native")
+    if not bool(stored.isfinite().all()):
+        raise ValueError(f"expected weights that are finite in {fmt.title}, got NaN, infinity or an overflow")
+    dtype = fmt.torch_dtype
+    if dtype is None:
+        return stored.double().unique(return_counts=True)
+    codes = stored.to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int8).int() & (1 << fmt.bits) - 1
+    counts = torch.bincount(codes, minlength=1 << fmt.bits)
+    occupied = counts.nonzero().flatten()
+    narrow = occupied.to(torch.int32).to(torch.int16 if dtype.itemsize == 2 else torch.int8)
+    return narrow.view(dtype).double(), counts[occupied]
 
 
 def stalled_compensation(updates: torch.Tensor, fmt: FormatLike) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import { exponentOf, mulberry32, pow2, quantize } from "./float.js";
 import { errorText, percent, significant } from "./text.js";
-import { cells, checked, drawing, follow, frame, h, links, oneOf, paintFormat, select, slider, svg, table, whole, write } from "./ui.js";
+import { cells, checked, drawing, follow, frame, h, links, live, oneOf, paintFormat, select, slider, svg, table, whole, write } from "./ui.js";
 
 const KEYS = ["distribution", "outlier", "frequency", "place", "rule", "axis", "scheme"];
 const ROWS = 32, COLUMNS = 256, SEEDS = { normal: 1, student: 2, wide: 3 }, PLACE_SEED = 4;
@@ -59,9 +59,9 @@ function places({ place, frequency }, rows, columns) {
 
 // The tensor that is quantized, and where its outliers are.
 export function tensorOf(state, own) {
-  const { rows, columns, values } = ordinary(state.distribution, own);
+  const { rows, columns, values, of } = ordinary(state.distribution, own);
   const hit = places(state, rows, columns), factor = 10 ** state.outlier;
-  return { rows, columns, hit, x: Float64Array.from(values, (v, i) => (hit[i] ? f32(v * factor) : v)) };
+  return { rows, columns, of, hit, x: Float64Array.from(values, (v, i) => (hit[i] ? f32(v * factor) : v)) };
 }
 
 const held = (e, f) => Math.min(Math.max(e, f.min_exponent), f.max_exponent);
@@ -188,7 +188,8 @@ export function texts(result, state) {
   const count = tensor.hit.reduce((a, b) => a + b, 0), largest = tensor.x.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
   out.verdict = verdictOf(result);
   out.summary = `${tensor.rows} rows of ${tensor.columns} values; ${count} are multiplied by ${10 ** state.outlier}. `
-    + `The largest is ${significant(largest, 3)}.`;
+    + `The largest is ${significant(largest, 3)}.`
+    + (tensor.of ? ` They are the first of your ${tensor.of[0]} x ${tensor.of[1]} values.` : "");
   return out;
 }
 
@@ -273,13 +274,16 @@ function render({ model, el }) {
   const root = frame({ model, el, kind: "one-tensor", title: "One tensor, every scheme",
     hint: "Make outliers larger, and watch which schemes lose the ordinary values beside them." },
   h("div", { class: "mpl-controls" }, ...Object.values(controls).map((control) => control.node)), summary, list.node, verdict, map.node, legend());
+  const tell = (words) => { for (const [key, text] of Object.entries(words)) write({ verdict, summary }[key] ?? list.found[key], text); };
+  const kernel = live({ model, after: verdict, keys: KEYS, show: tell });
   const paint = () => {
     const now = state(), result = compute(now, data), words = texts(result, now);
     for (const [key, control] of Object.entries(controls)) control.show(now[key]);
     for (const name of names) list.rows[name].classList.toggle("mpl-current", name === now.scheme);
     map.show(`Relative error of every value of the tensor in ${result.shown.scheme.title}, with the borders of its blocks. ${words.verdict}`,
       (width) => picture(result, now.axis, width));
-    for (const [key, text] of Object.entries(words)) write({ verdict, summary }[key] ?? list.found[key], text);
+    tell(words);
+    kernel.changed();
   };
   const { update: set, stop } = follow(model, KEYS, paint);
   paint();
@@ -287,7 +291,7 @@ function render({ model, el }) {
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, { distribution: values(distributions), place: values(PLACES),
     outlier: whole(0, 6), frequency: whole(4, 12), axis: values(AXES), rule: values(RULES), scheme: oneOf(names) })) });
   link.read();
-  return () => { stop(); map.stop(); link.stop(); };
+  return () => { stop(); kernel.stop(); map.stop(); link.stop(); };
 }
 
 export default { render };

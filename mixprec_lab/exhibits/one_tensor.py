@@ -11,7 +11,8 @@ import traitlets as t
 
 from mixprec_lab.block_scaling import SCHEMES, BlockReport, BlockScheme, SchemeLike, block_report, get_scheme
 from mixprec_lab.block_scaling import quantize_blocks as round_trip
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module
+from mixprec_lab.exhibits._base import choice, es_module
+from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of
 from mixprec_lab.exhibits._text import error_text, percent, significant
 from mixprec_lab.formats import FloatFormat
 
@@ -26,14 +27,16 @@ _SEEDS = {"normal": 1, "student": 2, "wide": 3}
 _PLACE_SEED = 4
 
 
-class OneTensorEveryScheme(Exhibit):
+class OneTensorEveryScheme(LiveExhibit):
     """A 32 x 256 tensor in every scheme: errors, what is flushed or saturates, bits per value, and a map of the errors.
 
     ``distribution`` names the ordinary values; about one in ``2**frequency`` (4 to 12) of them is multiplied by
     ``10**outlier`` (0 to 6; None: 3, and 0 for a tensor of your own), ``place`` says which.  ``rule`` is the scale rule
     of the MX schemes, ``axis`` the direction of one-dimensional blocks, ``scheme`` the one that the map shows.
     ``schemes`` are those that are offered (names or ``BlockScheme``; None: all of ``SCHEMES``).  ``tensor`` adds one of
-    your own: two dimensions of 2 or more, finite, at most 8,192 values, taken in FP32.
+    your own: two dimensions of 2 or more, finite, taken in FP32.  Of one with more than 8,192 values the page carries
+    the first 32 rows and 256 columns.  In a live notebook the kernel answers on ``device`` (see ``place_of``), and puts
+    the whole of your tensor through the scheme that is shown.
 
     Everything is drawn with the small generator that page and Python share, and with arithmetic that is exact or
     correctly rounded, so that both hold the same bits.  Raises TypeError or ValueError for another tensor, ValueError
@@ -42,6 +45,7 @@ class OneTensorEveryScheme(Exhibit):
 
     _esm = es_module("one_tensor")
     _kind = "one-tensor"
+    _controls = ("distribution", "outlier", "frequency", "place", "rule", "axis", "scheme")
 
     schemes = t.Dict(help="name -> the scheme, for the page").tag(sync=True)
     own = t.Dict(help="rows, columns and values of a tensor that was given").tag(sync=True)
@@ -65,13 +69,15 @@ class OneTensorEveryScheme(Exhibit):
         scheme: str | None = None,
         schemes: Iterable[SchemeLike] | None = None,
         tensor: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
         name: str | None = None,
     ) -> None:
         chosen = [get_scheme(s) for s in (SCHEMES if schemes is None else schemes)]
         if not chosen:
             raise ValueError("expected at least one scheme, got none")
         self._schemes = {s.name: s for s in chosen}
-        self._own = None if tensor is None else _checked(tensor)
+        held = Tensors(*_held(tensor, device))
+        self._own = None if tensor is None else _corner(held.at(OWN))
         first = scheme or ("mxfp8" if "mxfp8" in self._schemes else chosen[0].name)
         state = {
             "distribution": distribution or ("normal" if tensor is None else OWN),
@@ -79,11 +85,13 @@ class OneTensorEveryScheme(Exhibit):
             "frequency": frequency, "place": place, "rule": rule, "axis": axis, "scheme": first,
         }  # fmt: skip
         formats = {f.name: f for s in chosen for f in (s.element, s.scale)}
-        super().__init__(formats, name, **state)
+        super().__init__(formats, name, held, **state)
         self.schemes = {key: _described(s) | {"rank": i} for i, (key, s) in enumerate(self._schemes.items())}
         if self._own is not None:
             rows, columns = self._own.shape
             self.own = {"rows": rows, "columns": columns, "values": self._own.flatten().double().tolist()}
+            if tensor.shape != self._own.shape:
+                self.own |= {"of": list(tensor.shape)}
 
     _check_place = t.validate("place")(choice("place", lambda self: PLACES))
     _check_rule = t.validate("rule")(choice("rule", lambda self: RULES))
@@ -102,8 +110,29 @@ class OneTensorEveryScheme(Exhibit):
 
     def result(self) -> dict[str, str]:
         """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
-        (x, hit), axis = self.tensor(), -1 if self.axis == "rows" else 0
-        texts, ordinary = {}, {}
+        return self._texts(*self.tensor())
+
+    def _measure(self) -> Measured:
+        place, shown = self._tensors.place, self._with_rule(self._schemes[self.scheme])
+        x, hit = self.tensor()
+        texts, said, count = self._texts(x.to(place), hit.to(place)), "", x.numel()
+        if self.distribution == OWN and "of" in self.own:
+            whole = self._tensors.at(OWN).float()
+            back = round_trip(whole, shown, self._axis())
+            lost = torch.count_nonzero(whole) - torch.count_nonzero(back)
+            noise = float((back - whole).norm() / whole.norm())
+            count = whole.numel()
+            said = (
+                f"All {whole.shape[0]} x {whole.shape[1]} values of your tensor, as they are, in {shown.title}: SQNR "
+                f"{decibels(noise)} dB, {int(lost)} flushed to zero."
+            )
+        return Measured(said, f"{place.type}: emulated {shown.element.title}", count, texts)
+
+    def _axis(self) -> int:
+        return -1 if self.axis == "rows" else 0
+
+    def _texts(self, x: torch.Tensor, hit: torch.Tensor) -> dict[str, str]:
+        axis, texts, ordinary = self._axis(), {}, {}
         for key, scheme in self._schemes.items():
             scheme = self._with_rule(scheme)
             whole, rest = block_report(x, scheme, axis), block_report(x, scheme, axis, where=~hit)
@@ -144,7 +173,10 @@ class OneTensorEveryScheme(Exhibit):
     def _summary(self, x: torch.Tensor, hit: torch.Tensor) -> str:
         count, rows, columns = int(hit.sum()), *x.shape
         size = significant(float(x.abs().max()), 3)
-        return f"{rows} rows of {columns} values; {count} are multiplied by {10**self.outlier}. The largest is {size}."
+        told = f"{rows} rows of {columns} values; {count} are multiplied by {10**self.outlier}. The largest is {size}."
+        if self.distribution != OWN or "of" not in self.own:
+            return told
+        return f"{told} They are the first of your {self.own['of'][0]} x {self.own['of'][1]} values."
 
 
 def decibels(relative: float) -> str:
@@ -164,18 +196,25 @@ def _described(scheme: BlockScheme) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checked(x: torch.Tensor) -> torch.Tensor:
+def _held(x: torch.Tensor | None, device: torch.device | str | None) -> tuple[dict[str, torch.Tensor], torch.device]:
+    if x is None:
+        return {}, place_of(device)
     if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
         raise TypeError(f"expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    x = x.detach().float().cpu()
-    if x.dim() != 2 or min(x.shape) < 2 or x.numel() > LARGEST:
-        raise ValueError(
-            f"expected two dimensions of 2 or more and at most {LARGEST} values, got shape {tuple(x.shape)}: give a "
-            f"part, as x[:32, :256]"
-        )
-    if not bool(x.isfinite().all()) or not bool(x.any()):
-        raise ValueError("expected finite values in FP32 that are not all zero, got NaN, infinity or only zeros")
-    return x
+    if x.dim() != 2 or min(x.shape) < 2:
+        raise ValueError(f"expected two dimensions of 2 or more, got shape {tuple(x.shape)}: reshape it")
+    return {OWN: x}, place_of(device, [x])
+
+
+def _corner(x: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that the page carries, FP32 on the CPU."""
+    if not bool(x.float().isfinite().all()):
+        raise ValueError("expected finite values in FP32, got NaN or infinity")
+    part = x if x.numel() <= LARGEST else x[:ROWS, :COLUMNS]
+    part = part.detach().float().cpu()
+    if not bool(part.any()):
+        raise ValueError("expected values that are not all zero in the part that is shown, got only zeros")
+    return part
 
 
 def _uniform(seed: int, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import { exponentOf, mulberry32, pow2, quantize } from "./float.js";
 import { percent, significant } from "./text.js";
-import { button, checked, drawing, facts, follow, frame, h, links, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
+import { button, checked, drawing, facts, follow, frame, h, links, live, oneOf, paintFormat, select, slider, svg, whole, write } from "./ui.js";
 
 const KEYS = ["recipe", "history", "algorithm", "margin", "format", "shape", "steps", "level", "drift", "noise", "seed", "jumps",
   "step", "height", "length"];
@@ -275,7 +275,7 @@ function controlsOf(model, data, formats, set) {
     algorithm: list("algorithm", "Takes", pairs(data.algorithms)),
     margin: range("margin", "Margin, binades", -2, 6),
     format: list("format", "Format", pairs(Object.keys(used), (name) => used[name])),
-    shape: list("shape", "Values", pairs(["normal", "log-normal"])),
+    shape: list("shape", "Values", [...pairs(["normal", "log-normal"]), ...(data.shapes.own ? [["own", "your tensor"]] : [])]),
     steps: select("Steps", pairs(data.steps), (v) => set({ steps: v, step: Math.min(model.get("step"), Number(v) - 1) })),
     level: range("level", "Level of the amax", -20, 8, (v) => `2^${v}`), drift: range("drift", "Drift, binades", -16, 16),
     noise: range("noise", "Noise, binades", 0, 8, (v) => String(v / 4)), seed: range("seed", "Seed", 0, 20),
@@ -327,17 +327,18 @@ function render({ model, el }) {
     controls.step.field.max = Number(now.steps) - 1;
     for (const [key, control] of Object.entries(controls)) control.show(key === "step" ? marked(now) : now[key]);
     jumps.show(now);
-    for (const [key, text] of Object.entries(said)) write(fields[key], text);
+    tell(said);
     paintFormat(root, found.f);
     picked.show(`The amax of every step, the largest value that fits, shares clipped and flushed, and the SQNR. ${said.verdict}`,
       (width) => picture(found, now, width));
+    kernel.changed();
   };
   const { update: set, stop } = follow(model, KEYS, paint);
   const controls = controlsOf(model, data, formats, set), jumps = jumpsOf(model, set, state);
   const computed = remembered((now) => compute(now, data, formats)), picked = drawing(HEIGHT, () => paint());
-  const live = (field) => h("output", { class: "mpl-say", "data-field": field, "aria-live": "polite" });
+  const spoken = (field) => h("output", { class: "mpl-say", "data-field": field, "aria-live": "polite" });
   const now = facts(FACTS), extremes = facts(EXTREMES);
-  const fields = { ...now.values, ...extremes.values, verdict: live("verdict"), at: live("at"),
+  const fields = { ...now.values, ...extremes.values, verdict: spoken("verdict"), at: spoken("at"),
     rule: h("p", { class: "mpl-muted", "data-field": "rule" }), jumps: h("p", { class: "mpl-muted", "data-field": "jumps" }) };
   const nodes = (...keys) => h("div", { class: "mpl-controls" }, ...keys.map((key) => controls[key].node));
   const root = frame({ model, el, kind: "scale-history", title: "Scale history",
@@ -345,12 +346,14 @@ function render({ model, el }) {
   nodes("recipe", "history", "algorithm", "margin"), fields.rule, nodes("format", "shape", "steps", "level", "drift", "noise", "seed"),
   legend(), picked.node, controls.step.node, nodes("height", "length"), jumps.node, fields.verdict, extremes.node, fields.at,
   now.node, fields.jumps);
+  const tell = (words) => { for (const [key, text] of Object.entries(words)) write(fields[key], text); };
+  const kernel = live({ model, after: fields.at, keys: KEYS, show: tell });
   picked.node.classList.add("mpl-place");
   picked.node.addEventListener("click", (event) => jumps.clicked(event, picked.node));
   paint();
   const link = links({ model, keys: KEYS, root, restore: (raw) => set(checked(raw, CHECKS(data, formats))) });
   link.read();
-  return () => { stop(); picked.stop(); link.stop(); };
+  return () => { stop(); kernel.stop(); picked.stop(); link.stop(); };
 }
 
 export default { render };

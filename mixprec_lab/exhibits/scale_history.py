@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import traitlets as t
 
-from mixprec_lab.exhibits._base import Exhibit, choice, es_module, table_of
+from mixprec_lab.exhibits._base import choice, es_module, table_of
+from mixprec_lab.exhibits._casts import casts_to
+from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of
 from mixprec_lab.exhibits._text import percent, significant
 from mixprec_lab.exhibits.stalling_sum import _mulberry32
 from mixprec_lab.fp8 import (
@@ -28,10 +30,16 @@ RECIPES = ("delayed", "current", "fixed")
 HISTORIES = ("1", "4", "16", "64", "256", "1024")
 ALGORITHMS = ("max", "most_recent")
 STEPS = ("64", "128", "256")
-SHAPES = MappingProxyType({"normal": normal_shape(128), "log-normal": lognormal_shape(128)})
+_VALUES = 128  # of a shape: what the page carries
+SHAPES = MappingProxyType({"normal": normal_shape(_VALUES), "log-normal": lognormal_shape(_VALUES)})
+OWN = "own"
 INFINITE = 21  # the height of a jump to infinity
 _HIGHEST, _LONGEST, _MOST = 20, 256, 12  # binades and steps of a jump; jumps
 _BOUND = 60  # no amax leaves 2**-60 to 2**60, however many jumps overlap
+# The traits that a run depends on; moving along its steps computes nothing again.
+_OF_THE_RUN = (
+    "recipe", "history", "algorithm", "margin", "format", "shape", "steps", "level", "drift", "noise", "seed", "jumps",
+)  # fmt: skip
 _JUMP = r"\d{1,3}:(?:0|-?[1-9]\d?):\d{1,3}"
 _JUMPS = re.compile(rf"(?:{_JUMP}(?:,{_JUMP})*)?", re.ASCII)
 
@@ -39,7 +47,7 @@ Jump = tuple[int, int, int]  #: first step, height in binades (21: inf), length 
 _Origin = tuple[int | None, int | None]  # the step whose amax made the scale, the infinity that froze it
 
 
-class ScaleHistory(Exhibit):
+class ScaleHistory(LiveExhibit):
     """One tensor over many steps, its amax, and the largest value that fits at the scale an FP8 recipe gives it.
 
     The amax of the ``steps`` steps is about ``2**level`` (-20 to 8); it drifts by ``drift`` binades (-16 to 16) over
@@ -49,10 +57,16 @@ class ScaleHistory(Exhibit):
     "current" or "fixed" at 1; ``history``, ``algorithm`` and ``margin`` (-2 to 6) are those of ``DelayedScaling``.
     ``step`` is the step that is described in words; ``height`` and ``length`` are those of the next jump.  TraitError
     for anything else.
+
+    ``tensor`` adds the shape "own": 128 quantiles of your tensor (finite, not all zero), divided by its amax.  In a
+    live notebook the kernel casts all of its values, on ``device`` (see ``place_of``), with the amax and the scale of
+    the chosen step.
     """
 
     _esm = es_module("scale_history")
     _kind = "scale-history"
+    _controls = (*_OF_THE_RUN, "step", "height", "length")
+    _last: tuple[tuple, ScalingRun] | None = None
 
     data = t.Dict(help="what the lists offer, and the values of the shapes").tag(sync=True)
     recipe = t.Unicode("delayed").tag(sync=True)
@@ -71,23 +85,36 @@ class ScaleHistory(Exhibit):
     height = t.Int(8, min=-_HIGHEST, max=INFINITE).tag(sync=True)
     length = t.Int(1, min=1, max=_LONGEST).tag(sync=True)
 
-    def __init__(self, jumps: str | Iterable[Jump] | None = None, *, name: str | None = None, **state: Any) -> None:
+    def __init__(
+        self,
+        jumps: str | Iterable[Jump] | None = None,
+        *,
+        tensor: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+        name: str | None = None,
+        **state: Any,
+    ) -> None:
         if jumps is not None:
             state["jumps"] = jumps if isinstance(jumps, str) else _written(jumps)
-        super().__init__(table_of(["fp8_e4m3", "fp8_e5m2"]), name, **state)
+        given = {} if tensor is None else {OWN: _checked(tensor)}
+        held = Tensors(given, place_of(device, given.values()))
+        self._shapes = dict(SHAPES) | ({OWN: _quantiles(held.at(OWN))} if given else {})
+        if given:
+            state.setdefault("shape", OWN)
+        super().__init__(table_of(["fp8_e4m3", "fp8_e5m2"]), name, held, **state)
         self.data = {
             "recipes": RECIPES,
             "histories": HISTORIES,
             "algorithms": ALGORITHMS,
             "steps": STEPS,
-            "shapes": {key: values.tolist() for key, values in SHAPES.items()},
+            "shapes": {key: values.tolist() for key, values in self._shapes.items()},
         }
 
     _check_recipe = t.validate("recipe")(choice("recipe", lambda self: RECIPES))
     _check_history = t.validate("history")(choice("history", lambda self: HISTORIES))
     _check_algorithm = t.validate("algorithm")(choice("algorithm", lambda self: ALGORITHMS))
     _check_format = t.validate("format")(choice("format", lambda self: self._offered))
-    _check_shape = t.validate("shape")(choice("shape", lambda self: SHAPES))
+    _check_shape = t.validate("shape")(choice("shape", lambda self: self._shapes))
     _check_steps = t.validate("steps")(choice("steps", lambda self: STEPS))
 
     @t.validate("jumps")
@@ -129,7 +156,10 @@ class ScaleHistory(Exhibit):
 
     def run(self) -> ScalingRun:
         """What the recipe does to the tensor, step by step."""
-        return simulate_scaling(self.rule(), self.stream(), shape=SHAPES[self.shape])
+        asked = tuple(getattr(self, key) for key in _OF_THE_RUN)
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, simulate_scaling(self.rule(), self.stream(), shape=self._shapes[self.shape])
+        return self._last[1]
 
     def result(self) -> dict[str, str]:
         """Every text that the page shows, by its ``data-field``; see ``Exhibit.result``."""
@@ -142,6 +172,23 @@ class ScaleHistory(Exhibit):
         texts["at"] = f"Step {at}: {_fit(run.amax[at], largest / run.scale[at])}."
         texts["now-origin"] = self._origin_text(run.amax[at], *origin)
         return texts | _now(run, at, largest) | _extremes(run)
+
+    def _measure(self) -> Measured:
+        run, at, place = self.run(), min(self.step, int(self.steps) - 1), self._tensors.place
+        fmt, amax = self._format(self.format), run.amax[at]
+        shape = self._tensors.at(OWN) if self.shape == OWN else self._shapes[self.shape].to(place)
+        if not math.isfinite(amax):
+            return Measured("", f"{place.type}: nothing cast, the amax is infinite", 0)
+        own = float(shape.abs().max()) if self.shape == OWN else 1.0
+        x = (shape.double() * (amax / own)).float()
+        (found,) = casts_to([fmt], x, run.scale[at])
+        becomes = f" (the first becomes {found.becomes})" if found.becomes else ""
+        whose = f"your {found.total}" if self.shape == OWN else f"the {found.total}"
+        said = (
+            f"Step {at}, cast for real: of {whose} values {found.overflowed} clip{becomes} and {found.flushed} become "
+            f"zero."
+        )
+        return Measured(said, found.path, found.total)
 
     def _rule_text(self, largest: float) -> str:
         top = f"scale = {significant(largest, 5)}"
@@ -170,6 +217,25 @@ class ScaleHistory(Exhibit):
         ]
         full = " No more fit." if len(jumps) == _MOST else ""
         return f"Jumps: {', '.join(jumps)}.{full}" if jumps else "No jump yet."
+
+
+def _checked(x: torch.Tensor) -> torch.Tensor:
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+        raise TypeError(f"expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x
+
+
+def _quantiles(x: torch.Tensor) -> torch.Tensor:
+    """128 of the values in order, the largest magnitude among them, divided by that; float64 on the CPU."""
+    values = x.detach().float().flatten()
+    if not values.numel() or not bool(values.isfinite().all()) or not bool(values.any()):
+        raise ValueError("expected finite values that are not all zero, got none, NaN, infinity or only zeros")
+    ordered = values.sort().values
+    at = ((torch.arange(_VALUES, dtype=torch.float64) + 0.5) / _VALUES * len(ordered)).long().to(x.device)
+    low, high = ordered[0], ordered[-1]
+    picked = ordered[at]
+    picked[0 if -low > high else -1] = low if -low > high else high
+    return (picked.double() / picked.double().abs().max()).cpu()
 
 
 def _plural(n: int, word: str) -> str:

@@ -99,7 +99,7 @@ class Windows(LiveExhibit):
             return Measured("", f"{place}: {source}", recording["total"] if recording else 0)
         told, same, x = [], True, self._tensors.at(self.source)
         cast = [f for f in self._offered.values() if f.torch_dtype not in (None, torch.float32)]
-        for fmt, found in zip(cast, casts_to(cast, x, self.scale), strict=True):
+        for fmt, found in zip(cast, casts_to(cast, x, 2.0**self.scale), strict=True):
             _, flushed, _, _, over = self.shares(fmt)
             told.append(f"{fmt.title} {found.flushed} and {found.overflowed}")
             same &= (found.flushed, found.overflowed) == (round(flushed * x.numel()), round(over * x.numel()))
