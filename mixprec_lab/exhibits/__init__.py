@@ -6,6 +6,7 @@ Importing ``mixprec_lab`` does not load them (they need anywidget); importing an
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixprec_lab.exhibits._knobs import TrainingKnobs
     from mixprec_lab.exhibits.autocast_microscope import AutocastMicroscope
     from mixprec_lab.exhibits.bit_explorer import BitExplorer
     from mixprec_lab.exhibits.clinic import Clinic
@@ -40,6 +41,7 @@ _HOMES = {
     "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
+    "TrainingKnobs": "_knobs",
     "WillItBeFaster": "will_it_be_faster",
     "Windows": "windows",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "ScaleHistory",
     "ScalerSimulator",
     "StallingSum",
+    "TrainingKnobs",
     "WillItBeFaster",
     "Windows",
 ]
