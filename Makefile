@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard book/*.ipynb)
 # As many test processes as there are cores; the tests of one file, and the cells of one notebook, stay together.
 PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book page serve lab notebooks measure wheelhouse wheel lock audit clean
+.PHONY: help install lint test book page serve lab notebooks anki measure wheelhouse wheel lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -35,6 +35,9 @@ lab: install ## open the notebooks in JupyterLab
 
 notebooks: install ## run all notebooks in place and strip them for committing
 	@$(VENV_PYTHON) tools/strip_notebooks.py --execute $(NOTEBOOKS)
+
+anki: install ## write the question bank as a deck for Anki: make anki, with links: make anki SITE=https://...
+	@$(VENV_PYTHON) tools/make_anki.py $(if $(SITE),--site "$(SITE)")
 
 measure: install ## measure this machine (minutes) and write book/data/<device>.json
 	@$(VENV_PYTHON) tools/measure.py
