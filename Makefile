@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard book/*.ipynb)
 # As many test processes as there are cores; the tests of one file, and the cells of one notebook, stay together.
 PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help install lint test book page serve lab notebooks anki measure wheelhouse wheel lock audit clean
+.PHONY: help install lint test book page serve lab notebooks anki measure gpu wheelhouse wheel lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -41,6 +41,9 @@ anki: install ## write the question bank as a deck for Anki: make anki, with lin
 
 measure: install ## measure this machine (minutes) and write book/data/<device>.json
 	@$(VENV_PYTHON) tools/measure.py
+
+gpu: install ## on a machine with a GPU: its tests, its measurements, every notebook (10 minutes)
+	@$(VENV_PYTHON) tools/gpu.py
 
 wheelhouse: install ## fill a folder for machines without a network: make wheelhouse TO=folder
 	@$(VENV_PYTHON) tools/wheelhouse.py $(TO)
