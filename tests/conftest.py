@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,6 +19,9 @@ import torch
 torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "tools"), str(ROOT / "book/_ext")]
+import serve  # noqa: E402
+
 HTML = ROOT / "_build" / "html"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = [
@@ -42,8 +46,8 @@ addEventListener("securitypolicyviolation", (e) =>
   refusedByPolicy.push(`${e.effectiveDirective}: ${e.blockedURI} ${e.sample}`));"""
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Serves files and prints nothing."""
+class QuietHandler(serve.BookHandler):
+    """The handler of `make serve`, which prints nothing here."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
