@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/bench_live.py [--device cuda] [--largest 8]
 
 Kernel compute is ``recompute()``.  The round trip starts a real ipykernel, sends the message that a moved slider sends
-and waits for the answer; a browser adds its drawing.  Medians of 15 moves; the sizes alternate.  Prints, gates nothing.
+and waits for the answer; a browser adds its drawing.  Medians of 15 moves.  Prints, gates nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CONTROL = {
     "Windows": ("scale", list(range(MOVES))),
     "OneTensorEveryScheme": ("outlier", [i % 7 for i in range(MOVES)]),
     "LostUpdateMap": ("rate", [("1e-3", "2e-3", "5e-3")[i % 3] for i in range(MOVES)]),
-    "ScaleHistory": ("step", list(range(MOVES))),
+    "ScaleHistory": ("level", [-i for i in range(MOVES)]),
 }
 SETUP = """
 import torch

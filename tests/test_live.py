@@ -8,13 +8,12 @@ import weakref
 from functools import partial
 from types import SimpleNamespace
 
-import comm
 import ipywidgets
 import pytest
 import torch
 import traitlets
-from comm.base_comm import BaseComm
 from ipywidgets.embed import embed_data
+from kernel_front import FAKE_KERNEL, entry_of, opened, state_of
 from torch import nn
 from widget_page import gradients
 
@@ -30,48 +29,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 SIGNED = [name for name, fmt in FORMATS.items() if fmt.signed]
 
 
-class RecordingComm(BaseComm):
-    """A comm to a front end that is the test."""
-
-    def __init__(self, *args, **kwargs):
-        self.sent = []
-        super().__init__(*args, **kwargs)
-
-    def publish_msg(self, msg_type, data=None, metadata=None, buffers=None, **keys):
-        self.sent.append((msg_type, data))
-
-    def custom(self):
-        """The custom messages since the last call."""
-        found = [data["content"] for kind, data in self.sent if kind == "comm_msg" and data["method"] == "custom"]
-        self.sent.clear()
-        return found
-
-
 @pytest.fixture
 def front(monkeypatch):
-    """``front(exhibit_maker)`` -> (exhibit, its comm, ask(state, id, view) -> the answer)."""
-    monkeypatch.setattr(comm, "create_comm", RecordingComm)
-
-    def open_(make):
-        exhibit = make()
-        line = exhibit.comm
-        line.sent.clear()
-
-        def tell(content):
-            line.handle_msg({"content": {"data": {"method": "custom", "content": content}}, "buffers": []})
-            return line.custom()
-
-        def ask(state, number=1, view="v"):
-            (answer,) = tell({"kind": "compute", "view": view, "id": number, "state": state})
-            return answer
-
-        return exhibit, SimpleNamespace(line=line, tell=tell, ask=ask)
-
-    return open_
-
-
-def state_of(exhibit, **changes):
-    return {key: getattr(exhibit, key) for key in exhibit._controls} | changes
+    """``front(exhibit_maker)`` -> (exhibit, its front end)."""
+    return partial(opened, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------- casts on the device
@@ -384,33 +345,12 @@ def test_answers_are_no_part_of_the_saved_state(front):
 
 # ------------------------------------------------------------------------- the page's side, with the test as a kernel
 
-FAKE_KERNEL = """async (entry) => {
-  const handlers = new Map(), sent = [], model = {
-    get: (k) => entry[k], save_changes() {}, send: (content) => sent.push(content),
-    set(k, v) {
-      if (entry[k] === v) return;
-      entry[k] = v;
-      for (const f of [...(handlers.get("change:" + k) || [])]) f();
-    },
-    on(n, f) { if (!handlers.has(n)) handlers.set(n, new Set()); handlers.get(n).add(f); },
-    off(n, f) { handlers.get(n)?.delete(f); },
-  };
-  const answer = (content) => { for (const f of [...(handlers.get("msg:custom") || [])]) f(content, []); };
-  const url = URL.createObjectURL(new Blob([entry._esm], { type: "text/javascript" }));
-  const widget = (await import(url)).default, el = document.createElement("div");
-  el.id = "live"; document.body.append(el);
-  const end = widget.render({ model, el });
-  window.live = { sent, answer, end, el, model, held: () => [...handlers.values()].reduce((n, s) => n + s.size, 0) };
-}"""
-
 
 @pytest.fixture
 def live_page(pages):
     lab = LossScaleLab(gradients(), name="lab")
     visit = pages([lab])
-    state = {key: getattr(lab, key) for key in lab.keys if not key.startswith("_") and key != "layout"}
-    state = {k: v for k, v in state.items() if isinstance(v, str | int | dict)} | {"_esm": lab._esm}
-    visit.page.evaluate(FAKE_KERNEL, json.loads(json.dumps(state)))
+    visit.page.evaluate(FAKE_KERNEL, json.loads(json.dumps(entry_of(lab))))
     return visit, visit.page.locator("#live")
 
 

@@ -30,7 +30,7 @@ class Measured:
     said: str  #: a sentence for the page; empty for none
     path: str  #: which arithmetic answered, as "cpu: native float16 cast"
     elements: int  #: how many values it looked at
-    texts: Mapping[str, str] = field(default_factory=dict)  #: texts of ``result()`` that it computed itself
+    texts: Mapping[str, str] = field(default_factory=dict)  #: the texts of ``result()``, if it computed them itself
 
 
 def place_of(device: torch.device | str | None, tensors: Iterable[torch.Tensor] = ()) -> torch.device:
@@ -150,7 +150,7 @@ class LiveExhibit(Exhibit):
             )
         start = time.perf_counter()
         found = self._measure()
-        texts = self.result() | found.texts
+        texts = dict(found.texts) or self.result()
         self.answer = {
             "texts": texts, "said": found.said, "device": said_of(self._tensors.place), "path": found.path,
             "elements": found.elements, "milliseconds": 1000 * (time.perf_counter() - start),

@@ -211,7 +211,7 @@ def _corner(x: torch.Tensor) -> torch.Tensor:
     if not bool(x.float().isfinite().all()):
         raise ValueError("expected finite values in FP32, got NaN or infinity")
     part = x if x.numel() <= LARGEST else x[:ROWS, :COLUMNS]
-    part = part.detach().float().cpu()
+    part = part.detach().to("cpu", torch.float32, copy=True)  # of its own: a view would hold the whole
     if not bool(part.any()):
         raise ValueError("expected values that are not all zero in the part that is shown, got only zeros")
     return part

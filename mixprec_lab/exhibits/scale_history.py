@@ -12,7 +12,7 @@ import torch
 import traitlets as t
 
 from mixprec_lab.exhibits._base import choice, es_module, table_of
-from mixprec_lab.exhibits._casts import casts_to
+from mixprec_lab.exhibits._casts import cast_counts
 from mixprec_lab.exhibits._live import LiveExhibit, Measured, Tensors, place_of
 from mixprec_lab.exhibits._text import percent, significant
 from mixprec_lab.exhibits.stalling_sum import _mulberry32
@@ -176,12 +176,12 @@ class ScaleHistory(LiveExhibit):
     def _measure(self) -> Measured:
         run, at, place = self.run(), min(self.step, int(self.steps) - 1), self._tensors.place
         fmt, amax = self._format(self.format), run.amax[at]
-        shape = self._tensors.at(OWN) if self.shape == OWN else self._shapes[self.shape].to(place)
         if not math.isfinite(amax):
             return Measured("", f"{place.type}: nothing cast, the amax is infinite", 0)
-        own = float(shape.abs().max()) if self.shape == OWN else 1.0
-        x = (shape.double() * (amax / own)).float()
-        (found,) = casts_to([fmt], x, run.scale[at])
+        shape = self._tensors.at(OWN).float() if self.shape == OWN else self._shapes[self.shape].to(place)
+        lowest, highest = torch.aminmax(shape)
+        own = float(torch.maximum(-lowest, highest))
+        found = cast_counts((shape.double() * (amax / own)).float(), fmt, run.scale[at])
         becomes = f" (the first becomes {found.becomes})" if found.becomes else ""
         whose = f"your {found.total}" if self.shape == OWN else f"the {found.total}"
         said = (
