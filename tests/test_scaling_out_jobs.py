@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import launcher_jobs
 import pytest
 import scaling_jobs
 import torch
@@ -154,7 +155,7 @@ def test_two_ranks_add_as_the_simulation_says(both):
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 4, reason="the order of the additions is gloo's, here NCCL adds")
 def test_four_ranks_add_in_the_order_of_the_ring():
-    ranks = launch(scaling_jobs.sums, 4, arguments={"sizes": [64, 4096]}, timeout=SECONDS, show="nothing").results
+    ranks = launch(launcher_jobs.sums, 4, arguments={"sizes": [64, 4096]}, timeout=SECONDS, show="nothing").results
     for name, wire in (("FP32", "fp32"), ("BF16", "bf16"), ("FP16", "fp16")):
         for size in (64, 4096):
             expected = simulate_reduction(gradients(4, size), wire, "ring")
@@ -229,7 +230,7 @@ def wait_until(true, seconds: float = SECONDS) -> None:
 
 def test_the_rank_that_raises_first_is_named_and_all_output_is_shown(capsys):
     with pytest.raises(RankFailed, match="rank 1 of 2 failed first: ZeroDivisionError: the cause") as caught:
-        launch(scaling_jobs.raises, arguments={"rank": 1}, timeout=SECONDS)
+        launch(launcher_jobs.raises, arguments={"rank": 1}, timeout=SECONDS)
     assert (caught.value.rank, caught.value.code) == (1, 1)
     assert 'raise ZeroDivisionError("the cause")' in str(caught.value) and "_worker.py" not in str(caught.value)
     assert capsys.readouterr().out == "[rank 0] before the error\n[rank 1] before the error\n"
@@ -237,12 +238,12 @@ def test_the_rank_that_raises_first_is_named_and_all_output_is_shown(capsys):
 
 def test_a_rank_that_is_killed_is_the_cause():
     with pytest.raises(RankFailed, match="rank 1 of 2 was ended by signal SIGKILL and raised nothing") as caught:
-        launch(scaling_jobs.dies, timeout=SECONDS)
+        launch(launcher_jobs.dies, timeout=SECONDS)
     assert (caught.value.rank, caught.value.code) == (1, -signal.SIGKILL)
 
 
 def test_a_rank_that_does_not_end_is_shown_where_it_waits_and_is_gone(tmp_path):
-    job = {"module": "scaling_jobs", "function": "waits_for_ever"}
+    job = {"module": "launcher_jobs", "function": "waits_for_ever"}
     torch.save({"folder": str(tmp_path)}, tmp_path / "arguments.pt")
     (tmp_path / "job.json").write_text(str(job).replace("'", '"'))
     run = launcher._Run(tmp_path, 2, "nothing")
@@ -257,8 +258,8 @@ def test_a_rank_that_does_not_end_is_shown_where_it_waits_and_is_gone(tmp_path):
 def test_nothing_is_left_when_the_launcher_is_killed(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import scaling_jobs; from mixprec_lab.scaling_out import launch\n"
-        f"launch(scaling_jobs.waits_for_ever, arguments={{'folder': {str(tmp_path)!r}}}, timeout=600)"
+        "import launcher_jobs; from mixprec_lab.scaling_out import launch\n"
+        f"launch(launcher_jobs.waits_for_ever, arguments={{'folder': {str(tmp_path)!r}}}, timeout=600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -285,7 +286,7 @@ def test_a_script_is_launched_and_shown_as_it_writes(tmp_path, capsys):
 
 def test_a_result_that_does_not_travel_is_an_error():
     with pytest.raises(RankFailed, match=r"TypeError: expected numbers.*PosixPath as the result\['value'\]\[0\]"):
-        launch(scaling_jobs.returns_a_path, 1, timeout=SECONDS)
+        launch(launcher_jobs.returns_a_path, 1, timeout=SECONDS)
 
 
 def test_a_job_runs_under_torchrun(tmp_path):
