@@ -1,5 +1,6 @@
 """The pages one looks things up in: glossary, bibliography, open questions, and the paths of the first page."""
 
+import doctest
 import re
 from itertools import pairwise
 
@@ -41,3 +42,21 @@ def test_the_glossary_is_in_order_and_names_nothing_twice():
 def test_no_chinese_name_stands_for_two_terms():
     names = [lines[0] for _, lines in glossary()]
     assert len(names) == len(set(names))
+
+
+def test_the_experiments_of_the_open_questions_print_what_the_page_says():
+    text = read("open_questions.md")
+    sections = re.split(r"^## ", text, flags=re.M)[1:]
+    assert len(sections) >= 10 and [s.splitlines()[0] for s in sections if s.count("```pycon") != 1] == []
+    blocks = "\n".join(re.findall(r"```pycon\n(.*?)```", text, re.S))
+    test = doctest.DocTestParser().get_doctest(blocks, {}, "open_questions.md", None, None)
+    said: list[str] = []
+    found = doctest.DocTestRunner().run(test, out=said.append)
+    assert found.attempted >= 25 and found.failed == 0, "".join(said)
+
+
+def test_every_open_question_says_what_is_known_what_is_not_and_what_to_try():
+    for section in re.split(r"^## ", read("open_questions.md"), flags=re.M)[1:]:
+        assert re.findall(r"^\*\*(.*?)\.\*\*$", section, re.M) == ["Known", "Not known", "Try it"], section[:40]
+        known = section.partition("**Not known.**")[0]
+        assert re.search(r"\{cite:p\}`", known), section[:40]
