@@ -1,6 +1,7 @@
 """The pages one looks things up in: glossary, bibliography, open questions, and the paths of the first page."""
 
 import doctest
+import json
 import re
 from itertools import pairwise
 
@@ -60,3 +61,21 @@ def test_every_open_question_says_what_is_known_what_is_not_and_what_to_try():
         assert re.findall(r"^\*\*(.*?)\.\*\*$", section, re.M) == ["Known", "Not known", "Try it"], section[:40]
         known = section.partition("**Not known.**")[0]
         assert re.search(r"\{cite:p\}`", known), section[:40]
+
+
+def minutes(page: str) -> int:
+    """The time that a chapter names in its first lines."""
+    cells = json.loads(read(f"{page}.ipynb"))["cells"]
+    number, unit = re.search(r"\*\*(\d+|Ninety) (minutes)", "".join(cells[0]["source"])).groups()
+    return 90 if number == "Ninety" else int(number)
+
+
+def test_a_reading_path_takes_the_time_that_its_pages_take():
+    paths = re.findall(r"^(.*): (\d+) minutes\n: (.*)\n  (?:.*\n  )*Afterwards you can ", read("index.md"), re.M)
+    assert [name for name, _, _ in paths] == [
+        "One evening", "My loss is NaN now", "Moving to FP8", "An interview in a week",
+    ]  # fmt: skip
+    for name, total, steps in paths:
+        named = {page: int(number) for page, number in re.findall(r"\{doc\}`(\w+)` \((\d+)\)", steps)}
+        assert named == {page: minutes(page) for page in named}, name
+        assert int(total) == sum(named.values()), name
