@@ -79,3 +79,36 @@ def test_a_reading_path_takes_the_time_that_its_pages_take():
         named = {page: int(number) for page, number in re.findall(r"\{doc\}`(\w+)` \((\d+)\)", steps)}
         assert named == {page: minutes(page) for page in named}, name
         assert int(total) == sum(named.values()), name
+
+
+def bibliography() -> dict[str, str]:
+    """Key -> fields of every entry."""
+    return dict(re.findall(r"^@\w+\{(\w+),\n(.*?)\n\}$", read("references.bib"), re.M | re.S))
+
+
+def cited(page: str) -> list[str]:
+    text = read(page)
+    if page.endswith(".ipynb"):
+        text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    return [key.strip() for keys in re.findall(r"\{cite:?\w*\}`([^`]+)`", text) for key in keys.split(",")]
+
+
+def test_every_entry_of_the_bibliography_stands_once_among_its_subjects():
+    assert len(bibliography()) == read("references.bib").count("\n@") + 1
+    assert sorted(cited("references.md")) == sorted(bibliography())
+
+
+def test_every_citation_has_an_entry():
+    pages = [path.name for path in BOOK.iterdir() if path.suffix in {".md", ".ipynb"}]
+    assert {key for page in pages for key in cited(page)} - set(bibliography()) == set()
+
+
+def test_every_entry_leads_to_its_source():
+    for key, fields in bibliography().items():
+        assert re.search(r"^  title = \{", fields, re.M), key
+        links = re.findall(r"^  (url|doi) = \{(.*)\},?$", fields, re.M)
+        assert len(links) == 1, key
+        pattern = r"10\.\d{4,9}/[^\s{}\\]+" if links[0][0] == "doi" else r"https://[\w.-]+\.\w+/[^\s{}\\]*"
+        assert re.fullmatch(pattern, links[0][1]), key
+        if eprint := re.search(r"eprint = \{(.*?)\}", fields):
+            assert links[0][1] == f"https://arxiv.org/abs/{eprint[1]}", key
