@@ -386,7 +386,7 @@ def test_the_kernel_is_asked_one_question_at_a_time_and_for_the_newest_state_onl
     answered(visit, sent()[1]["id"])
     assert root.locator("[data-field=flushed-count]").inner_text() == "a text of the test"
     assert root.locator("[data-live=said]").inner_text() == "Said by the test."
-    line = "Computed by the kernel on cpu, cpu: native float16 cast: 2000 values in 1.3 ms."
+    line = "Computed by the kernel on cpu, native float16 cast: 2000 values in 1.3 ms."
     assert root.locator("[data-live=line]").inner_text() == line
     assert len(sent()) == 2
 

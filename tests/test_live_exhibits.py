@@ -121,7 +121,7 @@ def test_every_page_asks_for_its_controls_and_shows_the_answer(pages):
         visit.page.evaluate("(a) => live.answer(a)", answer)
         assert root.evaluate(SAID) == texts, kind
         assert root.locator("[data-live=said]").inner_text() == "Said by the kernel."
-        assert root.locator("[data-live=line]").inner_text().endswith("cpu: a path: 7 values in 2.0 ms.")
+        assert root.locator("[data-live=line]").inner_text().endswith(" on cpu, a path: 7 values in 2.0 ms.")
         visit.page.evaluate("live.end()")
         assert visit.page.evaluate("live.held()") == 0
     assert visit.problems == {}
@@ -307,7 +307,7 @@ def test_the_page_computes_with_the_shape_of_a_tensor(pages):
 
 def test_nothing_is_cast_at_an_infinite_amax():
     answer = ScaleHistory("40:21:1", tensor=sample(), step=40).recompute()
-    assert answer["said"] == "" and answer["path"] == "cpu: nothing cast, the amax is infinite"
+    assert answer["said"] == "Step 40: nothing is cast at an infinite amax." and answer["path"] == "cpu: no cast"
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan])])

@@ -177,7 +177,7 @@ class ScaleHistory(LiveExhibit):
         run, at, place = self.run(), min(self.step, int(self.steps) - 1), self._tensors.place
         fmt, amax = self._format(self.format), run.amax[at]
         if not math.isfinite(amax):
-            return Measured("", f"{place.type}: nothing cast, the amax is infinite", 0)
+            return Measured(f"Step {at}: nothing is cast at an infinite amax.", f"{place.type}: no cast", 0)
         shape = self._tensors.at(OWN).float() if self.shape == OWN else self._shapes[self.shape].to(place)
         lowest, highest = torch.aminmax(shape)
         own = float(torch.maximum(-lowest, highest))

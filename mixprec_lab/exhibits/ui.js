@@ -177,7 +177,7 @@ export function live({ model, after, keys, show }) {
     if (content.kind !== "answer" || content.view !== view || !questions.answered(content.id)) return;
     alert.textContent = content.error ?? "";
     texts = content.error ? null : content.texts;
-    line.textContent = content.error ? FAILED : `Computed by the kernel on ${content.device}, ${content.path}: `
+    line.textContent = content.error ? FAILED : `Computed by the kernel on ${content.device}, ${content.path.replace(/^\w+: /, "")}: `
       + `${content.elements ? `${content.elements} values in ` : ""}${tookText(content.milliseconds)}.`;
     write(said, content.error ? "" : content.said);
     said.hidden = !said.textContent;
