@@ -20,7 +20,7 @@ FEATURES: Mapping[str, str] = MappingProxyType({
     "bf16": "matrix units that take BF16",
     "tf32": "matrix units that read FP32 as TF32",
     "tf32_emulated": "TF32 products made of several BF16 products",
-    "fp8": "matrix units that take FP8 with the OCP encodings",
+    "fp8": "matrix units that take FP8, E4M3 and E5M2",
     "fp8_fnuz": "matrix units that take FP8 with the FNUZ encodings",
     "fp8_blocks": "Transformer Engine's 128-element FP8 blocks run natively",
     "mxfp8": "MXFP8 training in Transformer Engine",

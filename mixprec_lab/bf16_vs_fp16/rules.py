@@ -246,6 +246,8 @@ _CAVEATS = _for(
      "through BF16 for FP16 products", "pytorch-accuracy", "flushes_subnormals"),
     ("FP8 is FNUZ", "E4M3 ends at 240 instead of 448, and the codes differ from the OCP ones",
      "rocm-precision", "fp8_fnuz"),
+    ("E4M3 ends at 240", "on Gaudi 2: codes beyond it read as NaN there, so rescale weights that were stored for 448",
+     "tgi-gaudi-fp8", "hardware:gaudi2"),
     ("no MXFP8, NVFP4 without stochastic rounding", "Transformer Engine on compute capability 12.0",
      "te-matrix", "hardware:rtx50"),
     ("FP8 needs CUDA 12.1 and cuBLASLt 12.1.3", "on compute capability 8.9",

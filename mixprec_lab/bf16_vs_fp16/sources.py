@@ -76,6 +76,9 @@ SOURCES: Mapping[str, Source] = MappingProxyType({
                "https://docs.habana.ai/en/latest/PyTorch/PyTorch_Mixed_Precision/index.html", "2026"),
         Source("gaudi-fp8", "Intel Gaudi, FP8 Training with Intel Gaudi Transformer Engine",
                "https://docs.habana.ai/en/latest/PyTorch/PyTorch_FP8_Training/index.html", "2026"),
+        Source("tgi-gaudi-fp8", "text-generation-inference, FP8 layers of the Gaudi backend",
+               _GITHUB + "huggingface/text-generation-inference/blob/main/backends/gaudi/server/"
+               "text_generation_server/layers/fp8.py", "2025"),
         Source("onednn-types", "oneDNN, Data Types", "https://oneapi-src.github.io/oneDNN/dev_guide_data_types.html",
                "2025"),
         Source("accelerate-3373", "Accelerate pull request 3373, autocast and GradScaler on MPS",
