@@ -51,8 +51,8 @@ def report(answers: list[dict]) -> int:
         print(f"{a['name']} {a['version']}: {v['id']}, {fixed}")
     if unknown:
         names = ", ".join(a["name"] for a in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        print(f"{len(unknown)} of {len(answers)} packages could not be looked up ({names}): nothing is known of them.",
-              file=sys.stderr)  # fmt: skip
+        print(f"{len(unknown)} of {len(answers)} packages could not be looked up ({names}): nothing is known of them. "
+              f"The reason: {unknown[0]['skip_reason']}", file=sys.stderr)  # fmt: skip
     if not found and not unknown:
         print(f"{len(answers)} packages looked up, no known vulnerability.")
     return 1 if found else 2 if unknown or not answers else 0
