@@ -1,7 +1,6 @@
 """Exhibits to test and a page of them: the state as MyST-NB embeds it, and the host script of the book."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,9 @@ import anywidget
 import torch
 import traitlets
 from conftest import ROOT, Visit
+from house.policy import secured
 from ipywidgets.embed import dependency_state, embed_data
+from regime_record import small_record, wide_record
 
 from mixprec_lab.exhibits import (
     AutocastMicroscope,
@@ -25,6 +26,7 @@ from mixprec_lab.exhibits import (
     NumberLine,
     OneTensorEveryScheme,
     PrecisionChooser,
+    RegimeComparison,
     SameTensorTwoFormats,
     ScaleHistory,
     ScalerSimulator,
@@ -35,9 +37,6 @@ from mixprec_lab.exhibits import (
 from mixprec_lab.exhibits.scaler_simulator import OVERRIDES
 from mixprec_lab.formats import FORMATS
 from mixprec_lab.interview import get_question
-
-sys.path.append(str(ROOT / "book/_ext"))
-from house.policy import secured
 
 HOST = ROOT / "book/_ext/static/widget-host.js"
 
@@ -220,6 +219,13 @@ SAMPLES = {
         ("mode", "theme", "level", "order", "pile", "card", "side", "count", "minutes"),
         {"theme": "coding", "order": "themes", "pile": "all", "card": "code-kahan", "side": "back", "minutes": 60},
         heavy=lambda: Drill(now="2026-11-26T09:30:00", name="drill"),
+    ),
+    "regimes": Sample(
+        lambda: RegimeComparison(small_record(), name="every"),
+        ("task", "baseline", "shown", "interval", "seeds", "at"),
+        {"task": "images", "baseline": "bf16_nearest", "shown": "fp32,mxfp8", "interval": "unpaired", "at": 1},
+        mouse={},
+        heavy=lambda: RegimeComparison(wide_record(), name="every"),
     ),
     "one-tensor": Sample(
         lambda: OneTensorEveryScheme(name="one"),

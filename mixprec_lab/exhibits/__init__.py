@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.number_line import NumberLine
     from mixprec_lab.exhibits.one_tensor import OneTensorEveryScheme
     from mixprec_lab.exhibits.precision_chooser import PrecisionChooser
+    from mixprec_lab.exhibits.regimes import RegimeComparison
     from mixprec_lab.exhibits.same_tensor import SameTensorTwoFormats
     from mixprec_lab.exhibits.scale_history import ScaleHistory
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
@@ -38,6 +39,7 @@ _HOMES = {
     "OneTensorEveryScheme": "one_tensor",
     "PrecisionChooser": "precision_chooser",
     "SameTensorTwoFormats": "same_tensor",
+    "RegimeComparison": "regimes",
     "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
@@ -58,6 +60,7 @@ __all__ = [
     "NumberLine",
     "OneTensorEveryScheme",
     "PrecisionChooser",
+    "RegimeComparison",
     "SameTensorTwoFormats",
     "ScaleHistory",
     "ScalerSimulator",

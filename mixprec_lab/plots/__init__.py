@@ -13,6 +13,7 @@ from mixprec_lab.plots.loss_scaling import gradient_windows, training_curves
 from mixprec_lab.plots.master_weights import METHOD_STYLES, seed_ranges, update_thresholds
 from mixprec_lab.plots.memory import TERM_COLOURS, memory_bars
 from mixprec_lab.plots.nan_debugging import decision_tree, detection_bars, health_history
+from mixprec_lab.plots.regimes import REGIME_STYLES, gap_intervals, power_curves, regime_colours, regime_curves
 from mixprec_lab.plots.rounding import error_against_magnitude, rounding_steps, running_sums
 from mixprec_lab.plots.scaling_out import reduction_errors
 from mixprec_lab.plots.speed import (
@@ -31,6 +32,7 @@ __all__ = [
     "FORMAT_COLOURS",
     "METHOD_STYLES",
     "PART_COLOURS",
+    "REGIME_STYLES",
     "TERM_COLOURS",
     "accumulator_errors",
     "amdahl_curves",
@@ -44,6 +46,7 @@ __all__ = [
     "detection_bars",
     "error_against_magnitude",
     "exponent_histogram",
+    "gap_intervals",
     "gradient_scale",
     "gradient_windows",
     "health_history",
@@ -53,8 +56,11 @@ __all__ = [
     "outlier_errors",
     "paired_differences",
     "pillars",
+    "power_curves",
     "published_ratios",
     "reduction_errors",
+    "regime_colours",
+    "regime_curves",
     "relative_gaps",
     "rooflines",
     "rounding_steps",

@@ -31,6 +31,10 @@ const answers = {
       flushed: exact(found.flushed), sqnr: exact(found.sqnr) };
   },
   "precision-chooser": () => (state) => js.texts(state, traits),
+  regimes: () => (state) => {
+    const { gaps, texts } = js.compute(state, traits.data), exact = (gap) => gap && gap.map(String);
+    return { texts, gaps: Object.fromEntries(Object.entries(gaps).map(([name, gap]) => [name, exact(gap)])) };
+  },
   museum: () => (state) => js.texts(state, traits),
   drill: () => ({ call, args }) => (call === "texts" ? js.texts(args[0], traits) : js[call](...args)),
   clinic: () => (state) => js.texts(state, traits),
