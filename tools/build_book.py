@@ -22,7 +22,7 @@ STAMP = BUILD / "book.sha256"
 LOG = BUILD / "book.log"
 SOURCES = (
     "_config.yml", "_toc.yml", "requirements.txt", "pyproject.toml", "tools/assets.json", "tools/build_book.py",
-    "book", "mixprec_lab",
+    "tools/make_anki.py", "tools/make_cheatsheet.py", "book", "mixprec_lab",
 )  # fmt: skip
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 SETTINGS = ("REPOSITORY_URL", "MIXPREC_DEVICE")
@@ -102,6 +102,15 @@ def build() -> int:
     return done.returncode
 
 
+def add_downloads() -> None:
+    """Write beside the pages what they offer: the cheat sheet as a PDF, and the cards for Anki."""
+    import make_anki
+    import make_cheatsheet
+
+    make_cheatsheet.write(HTML / "book" / "cheatsheet.pdf")
+    make_anki.write(HTML / "book" / "mixprec.apkg")
+
+
 def main() -> int:
     """Build if anything changed; 0 when the book is there and whole."""
     BUILD.mkdir(exist_ok=True)
@@ -117,6 +126,11 @@ def main() -> int:
         report_failure(code)
         forget_pages()
         return code or 1
+    try:
+        add_downloads()
+    except Exception:
+        forget_pages()
+        raise
     (HTML / "index.html").write_text(TOP_PAGE, encoding="utf-8")
     STAMP.write_text(wanted)
     print(f"The book was built in {time.monotonic() - start:.0f} s. {OPEN_THIS}")
