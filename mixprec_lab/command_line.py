@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -216,5 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BadQuestion as error:
         print(f"mixprec {options.command}: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(answer, indent=1, ensure_ascii=False, allow_nan=False) if options.json else text)
-    return int(options.function is doctor and not answer["runs"])
+    status = int(options.function is doctor and not answer["runs"])
+    try:
+        print(json.dumps(answer, indent=1, ensure_ascii=False, allow_nan=False) if options.json else text, flush=True)
+    except BrokenPipeError:  # ``| head`` has read enough; Python would print a traceback, and another one at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status

@@ -151,3 +151,12 @@ def test_help_costs_no_torch_and_the_module_runs():
     assert done.stdout == "False\n"
     done = subprocess.run([sys.executable, "-m", "mixprec_lab", "--help"], capture_output=True, text=True, check=True)
     assert all(word in done.stdout for word in ("doctor", "recommend", "memory", "bench", "explore"))
+
+
+def test_a_reader_that_closes_early_is_no_error():
+    """As with ``| head``: the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "mixprec_lab", "explore", "0.1", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
