@@ -5,6 +5,7 @@ or ``Not yet: expected ..., got ... for f(...)`` with the first case that differ
 shown as what was got: a check never fails with a traceback.
 """
 
+from mixprec_lab.checks.all_regimes import mean_gaps, paired_interval, seeded_batches, seeds_for_width
 from mixprec_lab.checks.amp import accumulated_step, fp16_tools, fresh_casts, logits_loss, snapshot
 from mixprec_lab.checks.bf16_vs_fp16 import clip_in_fp32, exact_from, norms_by_type, sign_flip_p
 from mixprec_lab.checks.block_scaling import dequantized, mx_scale, nvfp4_scales, own_blocks, transposed_operand
@@ -51,6 +52,7 @@ __all__ = [
     "largest_batch",
     "logits_loss",
     "masked_softmax",
+    "mean_gaps",
     "moving_average",
     "mx_scale",
     "next_scale",
@@ -58,6 +60,7 @@ __all__ = [
     "nvfp4_scales",
     "one_verdict",
     "own_blocks",
+    "paired_interval",
     "reports_overflow",
     "resumed_scale",
     "ridge_tokens",
@@ -66,6 +69,8 @@ __all__ = [
     "saturating_cast",
     "saved_once",
     "scaled_loss",
+    "seeded_batches",
+    "seeds_for_width",
     "sharded_states",
     "share_of_step",
     "sign_flip_p",
