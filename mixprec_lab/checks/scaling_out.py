@@ -23,11 +23,12 @@ def fp16_mean(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """``scaling_out``: the mean over (ranks, size) whose messages and sums are FP16, without overflow or underflow."""
     values = (256.0, 2.0**-18, -512.0)
     cases = [((torch.full((ranks, 1), v),), torch.tensor([v])) for ranks, v in ((2, 1.5), *((512, v) for v in values))]
-    check(lambda x: _alone(function(x)), cases)
 
+    def mean(contributions: torch.Tensor) -> object:
+        result = function(contributions)
+        return result.float() if isinstance(result, torch.Tensor) and result.dtype == torch.float16 else result
 
-def _alone(x: object) -> object:
-    return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float16 else x
+    check(mean, cases)
 
 
 def one_verdict(function: Callable[[Shards, Shards, float], float]) -> None:
