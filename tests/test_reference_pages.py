@@ -112,3 +112,10 @@ def test_every_entry_leads_to_its_source():
         assert re.fullmatch(pattern, links[0][1]), key
         if eprint := re.search(r"eprint = \{(.*?)\}", fields):
             assert links[0][1] == f"https://arxiv.org/abs/{eprint[1]}", key
+
+
+def test_the_search_of_the_site_finds_a_chinese_name(open_page):
+    page = open_page("search.html?q=主权重").page
+    page.wait_for_selector("#search-results li a", timeout=20_000)
+    found = page.eval_on_selector_all("#search-results li a", "els => els.map(e => e.getAttribute('href'))")
+    assert any("glossary.html" in link for link in found), found
