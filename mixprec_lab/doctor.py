@@ -274,6 +274,12 @@ def fp8_backends(device: Any) -> dict[str, str]:
     return found
 
 
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def page_gains(device: Any, backends: dict[str, str]) -> dict[str, str]:
     """By page: what it does on this machine beyond what it does on any CPU; empty on a CPU."""
     if device.type != "cuda":
@@ -284,6 +290,8 @@ def page_gains(device: Any, backends: dict[str, str]) -> dict[str, str]:
         "speed": "make measure adds a record of this GPU to the figures",
         "exhibits in JupyterLab": "tensors live on the GPU while a control moves",
     }
+    if (count := _gpus()) > 1:
+        gains["scaling_out"] = f"its jobs run on {count} GPUs and talk through NCCL"
     fast = [name for name in ("transformer_engine", "scaled_mm") if backends[name] == "runs"]
     return gains | ({"fp8": f"layers run on FP8 matrix units through {' and '.join(fast)}"} if fast else {})
 

@@ -146,6 +146,13 @@ def test_a_driver_beside_a_torch_without_cuda_is_a_note(monkeypatch):
     assert "sees no GPU" in note
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_scaling_out_gains_from_a_second_gpu(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    found = doctor.page_gains(torch.device("cuda"), {"transformer_engine": "no", "scaled_mm": "no"})
+    assert found.get("scaling_out") == (f"its jobs run on {count} GPUs and talk through NCCL" if count > 1 else None)
+
+
 def test_pages_gain_from_a_gpu_and_from_fp8_only_where_it_runs():
     gpu, missing = torch.device("cuda"), {"transformer_engine": "not installed", "scaled_mm": "too old"}
     assert doctor.page_gains(torch.device("cpu"), missing) == {}
