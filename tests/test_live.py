@@ -5,6 +5,7 @@ import gc
 import json
 import threading
 import weakref
+from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 
@@ -409,6 +410,25 @@ def test_an_error_stands_in_the_exhibit_until_the_next_good_answer(live_page):
     root.get_by_label("Loss scale S").fill("3")
     answered(visit, 2)
     assert error.inner_text() == "" and root.locator("[data-live=said]").inner_text() == "Said by the test."
+
+
+def test_an_old_answer_does_not_stay_beside_a_new_state(live_page):
+    visit, root = live_page
+    line, words = root.locator("[data-live=line]"), root.locator("[data-live=said]")
+    assert line.inner_text() == "Computed in your browser; no kernel has answered yet."
+    answered(visit, 1)
+    visit.page.clock.install(time=datetime(2026, 1, 1, tzinfo=UTC))
+    visit.page.clock.pause_at(datetime(2026, 1, 2, tzinfo=UTC))
+    root.get_by_label("Loss scale S").fill("3")
+    visit.page.clock.run_for(399)
+    assert line.inner_text().startswith("Computed by the kernel") and words.inner_text() == "Said by the test."
+    visit.page.clock.run_for(1)
+    assert line.inner_text() == "Computed in your browser; the kernel is still at work on this state."
+    assert words.inner_text() == "\u2026"
+    answered(visit, visit.page.evaluate("live.sent.at(-1).id"))
+    assert line.inner_text().startswith("Computed by the kernel") and words.inner_text() == "Said by the test."
+    visit.page.clock.run_for(1000)
+    assert line.inner_text().startswith("Computed by the kernel")
 
 
 def test_a_move_by_the_program_asks_the_kernel_too(live_page):

@@ -162,6 +162,8 @@ export function newestOnly(ask) {
 
 const tookText = (ms) => (ms < 0.1 ? "less than 0.1 ms" : `${ms.toFixed(1)} ms`);
 const ALONE = "Computed in your browser; no kernel has answered yet.";
+const WAITING = "Computed in your browser; the kernel is still at work on this state.";
+const PATIENCE = 400; // milliseconds for which the last answer may stay beside a newer state
 const FAILED = "The kernel could not compute this state; the numbers come from your browser.";
 
 // The kernel behind an exhibit.  It is asked after every change, `show` gets the texts of its answers, and what it says
@@ -172,9 +174,15 @@ export function live({ model, after, keys, show }) {
   const said = h("output", { class: "mpl-say", "data-live": "said", "aria-live": "polite", hidden: true });
   const alert = h("p", { class: "mpl-error", role: "alert", "data-live": "error" });
   const questions = newestOnly((id) => model.send({ kind: "compute", view, id, state: stateOf() }));
-  let state = null, texts = null;
+  let state = null, texts = null, timer = 0, known = false;
+  const late = () => {
+    line.textContent = known ? WAITING : ALONE;
+    if (!said.hidden) write(said, "\u2026");
+  };
   const heard = (content) => {
     if (content.kind !== "answer" || content.view !== view || !questions.answered(content.id)) return;
+    clearTimeout(timer);
+    [timer, known] = [0, true];
     alert.textContent = content.error ?? "";
     texts = content.error ? null : content.texts;
     line.textContent = content.error ? FAILED : `Computed by the kernel on ${content.device}, ${content.path.replace(/^\w+: /, "")}: `
@@ -191,8 +199,10 @@ export function live({ model, after, keys, show }) {
     }
     [state, texts] = [now, null];
     questions.changed();
+    timer ||= setTimeout(late, PATIENCE);
   };
   const leave = () => {
+    clearTimeout(timer);
     model.off("msg:custom", heard);
     try { model.send({ kind: "gone", view }); } catch { /* a kernel that has gone needs no goodbye */ }
   };
