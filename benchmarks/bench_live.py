@@ -7,6 +7,7 @@ and waits for the answer; a browser adds its drawing.  Medians of 15 moves.  Pri
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -120,7 +121,8 @@ def main() -> None:
     device = torch.empty(0, device=arguments.device or devices.pick().device).device
     sizes = [10**k for k in range(5, (arguments.largest or (7 if device.type == "cpu" else 8)) + 1)]
     versions = f"torch {torch.__version__}, ipykernel {ipykernel.__version__}, ipywidgets {ipywidgets.__version__}"
-    print(f"{said_of(device)}, {platform.machine()}, {torch.get_num_threads()} threads; {versions}")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    print(f"{said_of(device)}, {machine}; {versions}")
     compute(device, sizes)
     round_trip(device, sizes)
 
