@@ -36,7 +36,7 @@ PARTS = (
 )
 CSS = """\
 .card { font-family: system-ui, sans-serif; font-size: 18px; line-height: 1.5; text-align: left;
-  max-width: 42em; margin: 0 auto; }
+  max-width: 42em; margin: 0 auto; padding: 12px; }
 .question { font-weight: 600; }
 h4 { margin: 1em 0 0.2em; font-size: 15px; }
 p { margin: 0 0 0.5em; }
