@@ -92,7 +92,7 @@ def run(folder: str, steps: int = 4, more: int = 4, data: list[torch.Tensor] | N
         training.save(Path(folder))
         saved = training.whole()
         training.train(more)
-        _tell("trained, saved and trained on", training)
+        _tell("saved and trained on", training)
         return {"saved": saved, "end": training.whole()}
 
 
@@ -103,14 +103,14 @@ def resume(folder: str, more: int = 4, data: list[torch.Tensor] | None = None) -
         training.load(Path(folder))
         loaded = training.whole()
         training.train(more)
-        _tell("loaded and trained on", training)
+        _tell("loaded and trained on" if more else "loaded", training)
         return {"loaded": loaded, "end": training.whole()}
 
 
 def _tell(what: str, training: Training) -> None:
     own = sum(p.to_local().numel() for p in training.model.parameters())
     scale = math.log2(training.scaler.scale)
-    print(f"{what}: step {training.steps}, {own:,} parameters on this rank, scale 2^{scale:.0f}")
+    print(f"{what}: step {training.steps}, {own:,} parameters here, scale 2^{scale:.0f}")
 
 
 def differing(state: dict[str, Any], other: dict[str, Any]) -> list[str]:

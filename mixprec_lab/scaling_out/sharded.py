@@ -38,11 +38,11 @@ def run(steps: int = 2, data: Sequence[torch.Tensor] | None = None) -> dict[str,
         results: dict[str, Any] = {}
         for name, policy in POLICIES.items():
             results[name] = result = train(group, own, MixedPrecisionPolicy(**policy), steps)
-            print(f"{name}: computes in {result['computes']}, keeps {result['gradient']} gradients, "
-                  f"all of them BF16 numbers: {result['reduced_in_bf16']}")  # fmt: skip
+            adds = "BF16" if result["reduced_in_bf16"] else result["gradient"]
+            print(f"{name}: computes {result['computes']}, adds {adds}, keeps {result['gradient']}")  # fmt: skip
         results["overflow"] = overflow(group, own)
         for name, told in results["overflow"].items():
-            print(f"an infinity in the last rank's shard, {name}: {told}")
+            print(f"one infinity, {name}: {told}")
         return results
 
 

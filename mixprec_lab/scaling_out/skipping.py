@@ -30,9 +30,8 @@ def run(steps: int = 4, spike: int = 1, data: Sequence[torch.Tensor] | None = No
         results = {}
         for name, kind in SCALERS.items():
             results[name] = result = train(group, own, kind(), steps, spike)
-            print(f"{name}: stepped {''.join('x' if s else '-' for s in result['stepped'])}, "
-                  f"scale at the end 2^{result['log2_scale']:.0f}, "
-                  f"largest error of a gradient {result['gradient_error']:.0%}")  # fmt: skip
+            print(f"{name}: steps {''.join('x' if s else '-' for s in result['stepped'])}, "
+                  f"scale 2^{result['log2_scale']:.0f}, gradients off by {result['gradient_error']:.0%}")  # fmt: skip
         return results
 
 

@@ -27,7 +27,7 @@ def run(size: int = 4096) -> dict[str, Any]:
         print(f"E4M3 gathered: {results['bytes']:,} bytes for {results['gathered'].numel():,} values, "
               f"exact: {results['exact']}")  # fmt: skip
         for name, told in results["scales"].items():
-            print(f"FP8 scales {name}: {told['differ']} of {told['count']} differ from rank to rank")
+            print(f"FP8 scales {name}: {told['differ']} of {told['count']} differ between ranks")
         return results
 
 
