@@ -184,6 +184,11 @@ def test_the_components_that_a_table_names_are_those_that_run():
     table = regime_table()
     assert all(name in table for name in REGIMES)
     assert ALL["bf16_kahan"].components()["optimizer"] == "BF16 AdamW, Kahan"
+    for name, scaling in {"fp32": "none", "fp16_dynamic": "dynamic", "fp8_delayed": "delayed", "fp8_current": "current",
+                          "fp8_unscaled": "fixed", "mxfp8": "blocks", "fp8_block": "blocks"}.items():  # fmt: skip
+        assert ALL[name].components()["scaling"] == scaling
+    # the table leaves gradients out
+    assert all(r.components()["gradients"] == r.components()["weights"] for r in ALL.values())
     assert {r.name: r.emulated for r in ALL.values() if r.emulated} == {
         "tf32": "TF32 operands", "bf16_short_sums": "short sums",
         **{r.name: "quantized products" for r in ALL.values() if r.recipe},

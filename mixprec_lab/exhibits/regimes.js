@@ -166,8 +166,9 @@ function gapPicture(gaps, state, data, width, height) {
       label(x(v), base + 15, significant(v * 1000, 1), { "text-anchor": "middle" }));
   }
   parts.push(label(right, height - 4, "loss minus the baseline\u2019s, thousandths", { "text-anchor": "end" }));
+  const apart = Math.min(2 * ROW, (base - top - 12) / Math.max(shown.length - 0.5, 1));
   shown.forEach((regime, i) => {
-    const y = top + 12 + i * ROW, gap = gaps[regime.name];
+    const y = top + 12 + i * apart, gap = gaps[regime.name];
     parts.push(svg("text", { x: names, y: y + 4, "text-anchor": "end" }, regime.title));
     if (gap === null) { parts.push(label(left, y + 4, "lost")); return; }
     const told = excludes(gap), first = lossesOf(state.baseline, state, data);

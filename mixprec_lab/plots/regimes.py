@@ -39,6 +39,8 @@ def regime_curves(runs: Sequence[Run], task: str, regimes: Sequence[str], ax: "A
 
     A mean ends where a seed's loss is not finite.
     """
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     ax = axes(ax)
     for name in regimes:
         own = [r for r in runs if (r.task, r.regime) == (task, name)]
@@ -49,6 +51,9 @@ def regime_curves(runs: Sequence[Run], task: str, regimes: Sequence[str], ax: "A
             ax.plot(own[0].steps, curve, linewidth=0.7, alpha=0.45, **style)
         ax.plot(own[0].steps, mean, label=get_regime(name).title, **style)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("training steps")
     ax.legend(ncols=2)
     return ax
@@ -59,21 +64,24 @@ def gap_intervals(
 ) -> "Axes":
     """One row a regime: each pair's difference (dots) and the interval of the mean (bar); grey bars include 0.
 
-    The axis is linear up to ``linear`` on both sides of 0 and logarithmic beyond.
+    In thousandths; the axis is linear up to ``linear`` of them on both sides of 0 and logarithmic beyond.
     """
+    from matplotlib.ticker import StrMethodFormatter
+
     ax = axes(ax, 0.31 * len(differences) + 1.0)
     for row, (name, d) in enumerate(differences.items()):
         colour = regime_colours(name)[0] if d.excludes_zero else "#8a8a8a"
-        ax.plot([d.low, d.high], [row, row], color=colour, linewidth=4, solid_capstyle="butt", alpha=0.75)
-        ax.plot(d.differences, [row] * len(d.differences), "o", color="#222222", markersize=2.6)
-        ax.plot([d.mean], [row], "|", color=colour, markersize=15, markeredgewidth=2)
+        ax.plot([1000 * d.low, 1000 * d.high], [row, row], color=colour, linewidth=4, solid_capstyle="butt", alpha=0.75)
+        ax.plot([1000 * x for x in d.differences], [row] * len(d.differences), "o", color="#222222", markersize=2.6)
+        ax.plot([1000 * d.mean], [row], "|", color=colour, markersize=15, markeredgewidth=2)
     ax.axvline(0, color="#555555", linewidth=1)
     ax.set_xscale("symlog", linthresh=linear)
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.set_yticks(range(len(differences)), [get_regime(name).title for name in differences])
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y", visible=False)
     ax.set_ylim(len(differences) - 0.4, -0.6)
-    ax.set_xlabel(f"held-out loss minus that of {baseline}")
+    ax.set_xlabel(f"held-out loss minus that of {baseline}, thousandths")
     return ax
 
 

@@ -14,6 +14,9 @@ Update = Literal["fp32", "master", "nearest", "stochastic", "kahan"]
 Scaling = Literal["none", "dynamic"]
 #: which part of the package trains a regime
 Engine = Literal["FP32 loop", "MixedPrecisionTrainer", "BF16Trainer", "FP8Trainer"]
+_SCALES: Mapping[type, str] = MappingProxyType(
+    {DelayedScaling: "delayed", CurrentScaling: "current", FixedScaling: "fixed", BlockScaling: "blocks"}
+)
 _NARROW: tuple[str, ...] = ("master", "nearest", "stochastic", "kahan")
 
 
@@ -78,6 +81,7 @@ class Regime:
 
     def components(self) -> dict[str, str]:
         """What each component is, in words."""
+        kind = type(self.recipe)
         updates = {"fp32": "FP32 AdamW", "master": "FP32 masters, FP32 AdamW", "nearest": "BF16 AdamW, nearest",
                    "stochastic": "BF16 AdamW, stochastic", "kahan": "BF16 AdamW, Kahan"}  # fmt: skip
         return {
@@ -85,7 +89,7 @@ class Regime:
             "products": self.layers or self.compute.upper(),
             "gradients": self.weights.upper(),
             "optimizer": updates[self.update],
-            "scaling": self.scaling if self.recipe is None else "by tensor or block",
+            "scaling": self.scaling if self.recipe is None else _SCALES.get(kind, kind.__name__),
         }
 
 
@@ -136,6 +140,6 @@ def get_regime(x: "str | Regime") -> Regime:
 
 
 def regime_table(regimes: Mapping[str, Regime] = REGIMES) -> str:
-    """Every regime with its components, as a plain-text table."""
-    heads = ("weights", "products", "gradients", "optimizer", "scaling")
-    return text_table(["regime", *heads], [[r.name, *r.components().values()] for r in regimes.values()])
+    """Every regime with its components, as a plain-text table; gradients have the width of the weights."""
+    heads = ("weights", "products", "optimizer", "scaling")
+    return text_table(["regime", *heads], [[r.name, *(r.components()[h] for h in heads)] for r in regimes.values()])
