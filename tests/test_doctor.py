@@ -38,7 +38,7 @@ def test_where_the_tests_run_the_book_runs(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["runs"] and report["devices"][-1]["name"] == "cpu"
     found = {p["name"]: p["found"] for p in report["packages"]}
-    assert found["torch"] == torch.__version__
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # +cu130 is in one of them only
     assert {"anywidget", "ipykernel", "scikit-learn", "jupyter-book", "pytest"} <= set(found)
 
 
