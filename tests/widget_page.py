@@ -31,6 +31,7 @@ from mixprec_lab.exhibits import (
     ScaleHistory,
     ScalerSimulator,
     StallingSum,
+    SumOverRanks,
     WillItBeFaster,
     Windows,
 )
@@ -130,6 +131,13 @@ SAMPLES = {
         mouse={"Method": "stochastic"},
         heavy=lambda: StallingSum(count=20_000, method="kahan", name="sum"),
         texts=("0.3", "-1e-3", "2^-12", "1e5", "1e-9", "1e30"),
+    ),
+    "sum-over-ranks": Sample(
+        lambda: SumOverRanks(log2_ranks=6, name="ranks"),
+        ("format", "log2_ranks", "noise", "size", "seed"),
+        {"format": "fp16", "log2_ranks": 9, "noise": 5, "size": 13, "seed": 4},
+        mouse={},
+        heavy=lambda: SumOverRanks(noise=16, name="ranks"),
     ),
     "number-line": Sample(
         lambda: NumberLine(name="line"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mixprec_lab.exhibits.scale_history import ScaleHistory
     from mixprec_lab.exhibits.scaler_simulator import ScalerSimulator
     from mixprec_lab.exhibits.stalling_sum import StallingSum
+    from mixprec_lab.exhibits.sum_over_ranks import SumOverRanks
     from mixprec_lab.exhibits.will_it_be_faster import WillItBeFaster
     from mixprec_lab.exhibits.windows import Windows
 
@@ -43,6 +44,7 @@ _HOMES = {
     "ScaleHistory": "scale_history",
     "ScalerSimulator": "scaler_simulator",
     "StallingSum": "stalling_sum",
+    "SumOverRanks": "sum_over_ranks",
     "TrainingKnobs": "_knobs",
     "WillItBeFaster": "will_it_be_faster",
     "Windows": "windows",
@@ -65,6 +67,7 @@ __all__ = [
     "ScaleHistory",
     "ScalerSimulator",
     "StallingSum",
+    "SumOverRanks",
     "TrainingKnobs",
     "WillItBeFaster",
     "Windows",

@@ -30,6 +30,10 @@ const answers = {
     return { texts: js.texts(found, state), amax: exact(found.stream), scale: exact(found.scale), clipped: exact(found.clipped),
       flushed: exact(found.flushed), sqnr: exact(found.sqnr) };
   },
+  "sum-over-ranks": () => (state) => {
+    const found = js.compute(state, traits.formats);
+    return { texts: js.texts(found), values: Array.from(js.contributions(state)) };
+  },
   "precision-chooser": () => (state) => js.texts(state, traits),
   regimes: () => (state) => {
     const { gaps, texts } = js.compute(state, traits.data), exact = (gap) => gap && gap.map(String);
