@@ -216,6 +216,24 @@ def test_the_command_trains_and_then_measures_speed_alone(tmp_path, monkeypatch,
             main(wrong)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_record_has_the_same_name_however_many_threads_torch_may_use(tmp_path, monkeypatch, threads):
+    def refuse(path):
+        raise BrokenRecord(path.name)
+
+    (tmp_path / "book" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mixprec_lab.regimes.__main__.load_record", refuse)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(BrokenRecord, match="^regimes_.*_1_of_.*_cores.json$"):
+            main(["--device", "cpu", "--speed"])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_outside_the_project_the_command_says_where_to_go(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mixprec_lab.device import pick
+from mixprec_lab.device import one_thread, pick
 from mixprec_lab.regimes.records import load_record, make_record, provenance, save_record, slug
 from mixprec_lab.regimes.regime import REGIMES, VARIANTS
 from mixprec_lab.regimes.runs import run_all
@@ -24,8 +24,12 @@ from mixprec_lab.regimes.tasks import TASKS, get_task
 from mixprec_lab.speed import describe
 
 
+@one_thread()
 def main(arguments: list[str] | None = None) -> int:
-    """Train or measure, save, and return 0; what cannot be done is an exception or a usage error."""
+    """Train or measure, save, and return 0; what cannot be done is an exception or a usage error.
+
+    On a CPU with one thread, which is part of the name of the machine and so of the record's.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m mixprec_lab.regimes", description=(__doc__ or "").split("\n")[0])
     for name in ("--quick", "--speed"):

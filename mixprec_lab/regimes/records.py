@@ -90,7 +90,10 @@ def make_record(
     told: Mapping[str, Any],
     speed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of a set: device, provenance, tasks, regimes, runs, and a speed section or None."""
+    """The record of a set: device, provenance, tasks, regimes, runs, and a speed section or None.
+
+    ``told`` is of the call that finished the set: one that was interrupted took longer than its seconds.
+    """
     under = [get_regime(r) for r in regimes]
     return {
         "kind": "regimes",
