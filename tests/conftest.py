@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -44,6 +45,22 @@ READY = """async () => {
 WATCH_POLICY = """window.refusedByPolicy = [];
 addEventListener("securitypolicyviolation", (e) =>
   refusedByPolicy.push(`${e.effectiveDirective}: ${e.blockedURI} ${e.sample}`));"""
+
+
+# Neighbours in the flow of a page that lie on each other.
+OVERLAPS = """() => {
+  const shown = (e) => e.getClientRects().length && getComputedStyle(e).position === "static" && !e.closest("p");
+  const found = [];
+  for (const parent of document.querySelectorAll("article section, .mpl-exhibit .mpl-body, .cell_output")) {
+    const boxes = [...parent.children].filter(shown).map((e) => [e, e.getBoundingClientRect()]);
+    boxes.forEach(([e, box], i) => boxes.slice(i + 1, i + 3).forEach(([f, next]) => {
+      const wide = Math.min(box.right, next.right) - Math.max(box.left, next.left);
+      const tall = Math.min(box.bottom, next.bottom) - Math.max(box.top, next.top);
+      if (wide > 1 && tall > 1) found.push(e.outerHTML.slice(0, 80) + " | " + f.outerHTML.slice(0, 80));
+    }));
+  }
+  return found;
+}"""
 
 
 class QuietHandler(serve.BookHandler):
@@ -102,6 +119,29 @@ class Visit:
             "violations of the policy": self.violations,
         }
         return {kind: found for kind, found in kinds.items() if found}
+
+
+def wait_until(page, condition: str, seconds: float = 20) -> None:
+    """Return when the function ``condition`` holds in the page; TimeoutError if it does not in time.
+
+    The waiting is done here: the page's policy lets no text become code, which is how a browser driver waits in it.
+    """
+    end = time.monotonic() + seconds
+    while not _holds(page, condition):
+        if time.monotonic() > end:
+            raise TimeoutError(f"expected this within {seconds} s on {page.url}: {condition}")
+        page.wait_for_timeout(20)
+
+
+def _holds(page, condition: str) -> bool:
+    from playwright.sync_api import Error
+
+    try:
+        return page.evaluate(condition)
+    except Error as error:
+        if "Execution context was destroyed" in error.message:  # the page leads on to another
+            return False
+        raise
 
 
 @contextlib.contextmanager
@@ -194,7 +234,7 @@ def pages(shelf) -> Iterator[Callable[..., Visit]]:
         opened.append(page)
         visit = Visit(page)
         page.goto((path.as_uri() if scheme == "file" else f"{address}/{path.name}") + fragment)
-        page.wait_for_function("document.querySelectorAll('[data-widget=ready]').length === " + str(len(exhibits)))
+        wait_until(page, f"() => document.querySelectorAll('[data-widget=ready]').length === {len(exhibits)}")
         return visit
 
     yield open_
@@ -232,7 +272,7 @@ def open_page(contexts, site) -> Iterator[Callable[..., Visit]]:
         opened.append(page)
         visit = Visit(page)
         page.goto((HTML / path).as_uri() if scheme == "file" else f"{site}/{path}")
-        page.wait_for_function(READY, timeout=20_000)
+        wait_until(page, READY)
         return visit
 
     yield open_

@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import ExtensionError
 
-from .paths import FETCHED, STATIC
+from .paths import FETCHED, ROOT, STATIC
 
 MATHJAX = FETCHED / "mathjax"
 #: source -> place under _static/vendor.  MathJax loads fonts, and its accessibility menu loads a11y and sre, on demand.
@@ -21,6 +21,7 @@ STAGED = {
     STATIC / "page.js": "page.js",
     STATIC / "widget-host.js": "widget-host.js",
     STATIC / "book.css": "book.css",
+    ROOT / "mixprec_lab/exhibits/exhibit.css": "exhibit.css",  # for pages without scripts; others get it with the state
 }
 
 

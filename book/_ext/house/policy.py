@@ -8,26 +8,31 @@ Three sources are wider than the page's own files, each for one reason:
 - ``style-src 'unsafe-inline'``: MathJax and the figures set styles in attributes;
 - ``img-src data:``: the icons are masks inside the style sheets.
 
-``connect-src 'self'`` is the search page, which fetches the pages it quotes.
+``connect-src 'self'`` is the search page, which fetches the pages it quotes; ``default-src 'self'`` lets Firefox fetch
+the next page ahead.
 """
 
 import base64
 import hashlib
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
+from .paths import pages_of
+
 DIRECTIVES = {
-    "default-src": "'none'",
+    "default-src": "'self'",
     "script-src": "'self'",
     "style-src": "'self' 'unsafe-inline'",
     "img-src": "'self' data:",
     "font-src": "'self'",
     "connect-src": "'self'",
     "form-action": "'self'",
+    "frame-src": "'none'",
+    "media-src": "'none'",
+    "object-src": "'none'",
     "worker-src": "'none'",
     "base-uri": "'none'",
 }
@@ -39,6 +44,8 @@ HANDLERS = {
 SCRIPT_TYPES = {"", "text/javascript", "application/javascript", "module"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CHARSET = re.compile(r"<meta charset=[^>]*>")
+TAG = '<meta http-equiv="Content-Security-Policy" content="{}">'
+OLD_TAG = re.compile(TAG.format('[^"]*'))
 
 
 class Scripts(HTMLParser):
@@ -90,12 +97,16 @@ def policy_of(page: str) -> str:
 
 
 def secured(page: str) -> str:
-    """The page with its policy, ahead of everything that could load; ExtensionError if it does not name a charset."""
+    """The page with its policy, ahead of everything that could load, in place of the one it may have had.
+
+    Raises ExtensionError if it does not name a charset.
+    """
+    page = OLD_TAG.sub("", page)
     for wrong, right in HANDLERS.items():
         page = page.replace(wrong, right)
     if not CHARSET.search(page):
         raise ExtensionError("expected a <meta charset> in every page, got a page without: its policy goes after it")
-    tag = f'<meta http-equiv="Content-Security-Policy" content="{policy_of(page)}">'
+    tag = TAG.format(policy_of(page))
     return CHARSET.sub(lambda charset: f"{charset[0]}{tag}", page, count=1)
 
 
@@ -103,10 +114,8 @@ def secure_pages(app: Sphinx, exception: Exception | None) -> None:
     """Write the policy into every page of the build but the top one, which tools/build_book.py writes with its own."""
     if exception or app.builder.format != "html":
         return
-    out = Path(app.outdir)
-    for path in out.rglob("*.html"):
-        if path != out / "index.html" and out / "_static" not in path.parents:
-            path.write_text(secured(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in pages_of(app):
+        path.write_text(secured(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def connect(app: Sphinx) -> None:

@@ -6,7 +6,7 @@ from docutils.nodes import document
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
-from .paths import TEMPLATES
+from .paths import TEMPLATES, pages_of
 
 
 def is_thebe(script: object) -> bool:
@@ -44,6 +44,15 @@ def drop_idle_mathjax(app: Sphinx, pagename: str, templatename: str, context: di
         context["script_files"] = [s for s in context["script_files"] if not any(n in str(s.filename) for n in idle)]
 
 
+def light_without_scripts(app: Sphinx, exception: Exception | None) -> None:
+    """Start every page in the light theme: "auto" is a word only the theme's script knows, and has no colours."""
+    if exception or app.builder.format != "html":
+        return
+    for path in pages_of(app):
+        page = path.read_text(encoding="utf-8")
+        path.write_text(page.replace(' data-theme="auto">', ' data-theme="light">', 1), encoding="utf-8")
+
+
 def use_templates(app: Sphinx, config: Config) -> None:
     """Our corrected templates come before the theme's."""
     config.templates_path.insert(0, str(TEMPLATES))
@@ -55,3 +64,4 @@ def connect(app: Sphinx) -> None:
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("html-page-context", repair_markup, priority=900)
     app.connect("html-page-context", drop_idle_mathjax, priority=900)
+    app.connect("build-finished", light_without_scripts)
