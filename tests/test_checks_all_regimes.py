@@ -60,6 +60,15 @@ def best_of_seeds(train, regimes, seeds):
     return [min(found[r]) - min(found[regimes[0]]) for r in regimes]
 
 
+def best_of_pairs(train, regimes, seeds):
+    found = {r: [] for r in regimes}
+    for seed in seeds:
+        for regime in regimes:
+            torch.manual_seed(seed)
+            found[regime].append(train(regime))
+    return [min(found[r]) - min(found[regimes[0]]) for r in regimes]
+
+
 def batches(seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(5):
@@ -82,12 +91,17 @@ def one_order(seed):
     return batches(0)
 
 
+def one_batch(seed):
+    return [next(batches(seed))] * 5
+
+
 def wrong_targets(seed):
     return [(x, y + 1) for x, y in batches(seed)]
 
 
 RIGHT = [
     (checks.paired_interval, interval), (checks.seeds_for_width, fewest), (checks.mean_gaps, gaps),
+    (checks.mean_gaps, lambda *a: torch.tensor(gaps(*a))), (checks.mean_gaps, lambda *a: tuple(gaps(*a))),
     (checks.seeded_batches, batches), (checks.seeded_batches, lambda seed: list(batches(seed))),
 ]  # fmt: skip
 WRONG = [
@@ -96,6 +110,9 @@ WRONG = [
     (checks.seeds_for_width, lambda s, h: max(2, math.ceil((1.96 * s / h) ** 2)), "got"),
     (checks.seeds_for_width, lambda s, h: fewest(s, h) + 1, "got"),
     (checks.mean_gaps, seeded_once, "got"), (checks.mean_gaps, best_of_seeds, "got"),
+    (checks.mean_gaps, best_of_pairs, "got"), (checks.mean_gaps, lambda *a: gaps(*a)[1:], "got [0.0]"),
+    (checks.mean_gaps, lambda train, r, s: dict(zip(r, gaps(train, r, s), strict=True)), "got {"),
+    (checks.seeded_batches, one_batch, "one batch again and again"),
     (checks.seeded_batches, goes_on(), "seed 0 again: others; seed 1: others"),
     (checks.seeded_batches, one_order, "seed 0 again: the same; seed 1: the same"),
     (checks.seeded_batches, wrong_targets, "targets that are not the sums of squares"),
