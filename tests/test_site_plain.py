@@ -80,6 +80,12 @@ def test_an_exhibit_that_cannot_be_drawn_stops_the_build_and_says_why():
         stills([unknown])
 
 
+def test_without_node_the_build_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("house.still.NODE", None)
+    with pytest.raises(ExtensionError, match="expected node .* run 'make install'"):
+        stills([])
+
+
 def test_a_page_with_scripts_does_not_see_the_picture(browser, tmp_path):
     widget = MAKERS["stalling-sum"]()
     view = f'<script type="{VIEW}">{json.dumps({"model_id": widget.model_id})}</script>'
