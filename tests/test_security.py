@@ -290,6 +290,7 @@ def tree(tmp_path_factory):
     (site / "index.html").write_text('<meta http-equiv="Content-Security-Policy" content="img-src a">top')
     (site / "book" / "index.html").write_text("book")
     (site / "bare" / "a.txt").write_text("text")
+    (site / "bare" / "a.pdf").write_text("%PDF-")
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "site-2").mkdir()
     (tmp_path / "site-2" / "secret").write_text("secret")
@@ -365,6 +366,7 @@ def test_every_answer_carries_the_headers(address):
         assert headers["Content-Security-Policy"] == f"{policy}; frame-ancestors 'none'"
         assert {name: headers[name] for name in serve.HEADERS} == serve.HEADERS
         assert "Python" not in headers["Server"]
+    assert ask(address, "/bare/a.pdf").headers["Content-Security-Policy"] == "frame-ancestors 'none'"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"])

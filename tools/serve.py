@@ -25,7 +25,12 @@ HEADERS = {
 
 
 def policy_of(path: Path) -> str:
-    """The policy written in the page, ``NO_POLICY`` for a file without one; either way with no frame around it."""
+    """The policy written in the page, ``NO_POLICY`` for a file without one; either way with no frame around it.
+
+    A PDF has none: browsers show it in a page of their own, which it would hit.
+    """
+    if path.suffix == ".pdf":
+        return "frame-ancestors 'none'"
     found = None
     if path.suffix == ".html" and path.is_file():
         with path.open("rb") as file:
