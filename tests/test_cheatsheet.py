@@ -188,7 +188,8 @@ def test_recipes_have_these_blocks_scales_elements_and_bits():
     for name, recipe in (("delayed", DelayedScaling()), ("current", CurrentScaling())):
         formats = [name_of(format_of(recipe.fp8_format, role)) for role in ("weight", "grad_output")]
         assert rows[name][0] == "tensor" and rows[name][2:] == [", ".join(formats), "8"]
-    assert rows["delayed"][1] == f"FP32, last {DelayedScaling().amax_history_len} amax"
+    assert "Transformer Engine's defaults are the same but for the history: 1024." in DelayedScaling.__doc__
+    assert rows["delayed"][1] == f"FP32, last {DelayedScaling().amax_history_len} amax (TE: 1024)"
     recipes = {"DeepSeek-V3": BlockScaling.deepseek(), "MXFP8": BlockScaling("mxfp8"), "MXFP4": BlockScaling("mxfp4"),
                "NVFP4": BlockScaling.nvfp4()}  # fmt: skip
     for name, recipe in recipes.items():
