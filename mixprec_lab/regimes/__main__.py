@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.quick and not options.output:
         parser.error("expected --output with --quick: its record is not a whole one")
+    if options.seeds is not None and options.seeds < 2:
+        parser.error(f"expected --seeds of at least 2, got {options.seeds}: one seed makes no interval")
     device = torch.device(options.device) if options.device else pick().device
     command = " ".join(["python -m mixprec_lab.regimes", *given])
     path = options.output or _default_output(parser, device)

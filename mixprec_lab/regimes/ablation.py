@@ -55,7 +55,8 @@ def ablate(
 ) -> dict[str, PairedDifference]:
     """The paired difference of each variant's final held-out loss from that of ``base``, by the variant's name.
 
-    Every variant must differ from ``base`` in one component (``changed_component``).  Trains everything anew.
+    Every variant must differ from ``base`` in one component (``changed_component``).  Trains everything anew.  Left
+    out is a variant that diverged with any seed: it has no difference.
     ValueError if a variant differs in none or in several.
     """
     first, others = get_regime(base), [get_regime(v) for v in variants]

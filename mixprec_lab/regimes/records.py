@@ -23,6 +23,7 @@ from mixprec_lab.speed.records import _provenance as check_provenance
 SCHEMA = 1
 _RUN = {"task": str, "regime": str, "seed": int, "steps": list, "held_out": list, "training": list, "skipped": int,
         "bytes": dict, "pair": str, "backend": str}  # fmt: skip
+_TASK = {"title": str, "metric_title": str, "steps": int, "parameters": int}
 _LARGEST = 1e4  #: no loss of these tasks is above it without being lost
 
 
@@ -32,7 +33,7 @@ def _need(condition: bool, expected: str, got: object) -> None:
 
 
 def _positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 
 
 def slug(device: str) -> str:
@@ -129,6 +130,11 @@ def validate_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
     _need(isinstance(tasks, Mapping) and len(tasks) > 0, "at least one task", tasks)
     _need(isinstance(regimes, list) and len(regimes) > 1, "at least two regimes", regimes)
     _need(isinstance(runs, list), "a list of runs", runs)
+    for name, task in tasks.items():
+        _check_task(name, task)
+    for regime in regimes:
+        _need(isinstance(regime, Mapping) and all(isinstance(regime.get(k), str) for k in ("name", "title")),
+              "a regime with a name and a title", regime)  # fmt: skip
     for run in runs:
         _check_run(run, tasks)
     names = [r["name"] for r in regimes]
@@ -139,6 +145,13 @@ def validate_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
+def _check_task(name: str, task: object) -> None:
+    _need(isinstance(task, Mapping), f"a task {name!r} as an object", task)
+    for key, kind in _TASK.items():
+        x = task.get(key)
+        _need(isinstance(x, kind) and not isinstance(x, bool), f"a task {name!r} with {key}", x)
+
+
 def _check_run(run: object, tasks: Mapping[str, Any]) -> None:
     _need(isinstance(run, Mapping), "a run as an object", run)
     for key, kind in _RUN.items():
@@ -146,12 +159,13 @@ def _check_run(run: object, tasks: Mapping[str, Any]) -> None:
     where = f"{run['task']}, {run['regime']}, seed {run['seed']}"
     _need(run["task"] in tasks, f"a task that is described in {where}", run["task"])
     steps = list(run["steps"])
+    _need(all(isinstance(s, int) for s in steps), f"whole numbers of steps in {where}", steps)
     _need(steps == sorted(set(steps)) and steps[:1] == [0] and steps[-1] == tasks[run["task"]]["steps"],
           f"evaluations from step 0 to the last in {where}", steps)  # fmt: skip
     for key in ("held_out", "training"):
         _need(len(run[key]) == len(steps), f"{len(steps)} values of {key} in {where}", len(run[key]))
         for x in run[key]:
-            _need(x is None or (isinstance(x, int | float) and math.isfinite(x) and 0 <= x <= _LARGEST),
+            _need(x is None or (isinstance(x, int | float) and 0 <= x <= _LARGEST),
                   f"losses between 0 and {_LARGEST:g}, or null, in {where}", x)  # fmt: skip
     _need(0 <= run["skipped"] <= steps[-1], f"a number of skipped steps in {where}", run["skipped"])
     sizes = run["bytes"]
@@ -177,6 +191,9 @@ def _check_speed(speed: object, tasks: Mapping[str, Any], regimes: list[str]) ->
     check_provenance(speed.get("provenance"))
     rows = speed.get("rows")
     _need(isinstance(rows, list), "rows of speed", rows)
+    for row in rows:
+        _need(isinstance(row, Mapping) and all(isinstance(row.get(k), str) for k in ("task", "regime")),
+              "a row of speed with task and regime", row)  # fmt: skip
     found = sorted((row.get("task"), row.get("regime")) for row in rows)
     _need(found == sorted((t, r) for t in tasks for r in regimes), "speed of every task and regime", found)
     for row in rows:
@@ -207,7 +224,7 @@ def load_record(path: Path | str) -> Mapping[str, Any]:
     path = Path(path)
     try:
         return validate_record(json.loads(path.read_text("utf-8")))
-    except (json.JSONDecodeError, BrokenRecord) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, BrokenRecord) as error:
         raise BrokenRecord(f"{path.name}: {error}") from error
 
 

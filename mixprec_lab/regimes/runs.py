@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from mixprec_lab.regimes.regime import REGIMES, Regime, get_regime
 from mixprec_lab.regimes.statistics import PairedDifference, paired_difference
 from mixprec_lab.regimes.tasks import TASKS, Task, get_task
-from mixprec_lab.regimes.training import Run, train
+from mixprec_lab.regimes.training import Run, fingerprint, train
 
 
 def run_all(
@@ -32,8 +33,10 @@ def run_all(
     None means all tasks or all of ``REGIMES``.  With a ``folder`` each run is stored there when it is done, whole or
     not at all, and is not trained again: a set that was interrupted goes on.  ``progress`` draws a bar on stderr.
 
-    Raises ValueError for a stored run of other settings (other steps, rates, components or torch), for the same name
-    twice, and for no seeds; what a run raises ends the set, and those before it stay stored.
+    Raises ValueError for a stored run of other settings (other steps, rates, components or torch), of other initial
+    weights or batches, or damaged; for the same name twice, a name that is no part of a file name, and for no seeds.
+    What a run raises ends the set, and those before it stay stored.  That ``loss``, ``metric`` or ``held_out`` of a
+    task of your own have changed is not seen: give it another name, or another folder.
     """
     chosen = [get_task(t, quick, device) for t in (TASKS if tasks is None else tasks)]
     under = [get_regime(r) for r in (REGIMES if regimes is None else regimes)]
@@ -56,6 +59,8 @@ def _check_names(tasks: list[str], regimes: list[str], seeds: list[int]) -> None
     for what, names in (("tasks", tasks), ("regimes", regimes), ("seeds", seeds)):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"expected {what} of different names, at least one, got {names}")
+    if odd := [x for x in (*tasks, *regimes) if not isinstance(x, str) or not re.fullmatch(r"[\w. +-]{1,80}", x)]:
+        raise ValueError(f"expected names of up to 80 letters, digits, spaces and _.+- (for files), got {odd}")
     if not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in seeds):
         raise ValueError(f"expected seeds that are whole numbers of at least 0, got {seeds}")
 
@@ -65,7 +70,7 @@ def _run(task: Task, regime: Regime, seed: int, folder: Path | None) -> Run:
         return train(task, regime, seed)
     path, settings = folder / f"{task.name}-{regime.name}-{seed}.json", settings_of(task, regime)
     if path.exists():
-        return _read(path, settings)
+        return _read(path, settings, task, regime, seed)
     run = train(task, regime, seed)
     write_whole(path, {"settings": settings, "run": run.as_dict()})
     return run
@@ -76,19 +81,33 @@ def settings_of(task: Task, regime: Regime) -> dict[str, Any]:
     return {"task": task.settings(), "regime": repr(regime), "torch": torch.__version__}
 
 
-def _read(path: Path, settings: Mapping[str, Any]) -> Run:
+def _read(path: Path, settings: Mapping[str, Any], task: Task, regime: Regime, seed: int) -> Run:
     try:
         stored = json.loads(path.read_text("utf-8"))
-        found, run = stored["settings"], Run.from_dict(stored["run"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found, run = dict(stored["settings"]), Run.from_dict(stored["run"])
+        _check_stored(run, task, regime, seed)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"expected a stored run in {path}, got something else ({error}): delete the file") from error
-    if found != settings:
-        differing = [key for key in settings if found.get(key) != settings[key]]
+    differing = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
+    if not differing and run.pair != fingerprint(task, seed):
+        differing = ["model or batches"]
+    if differing:
         raise ValueError(
             f"expected a run of these settings in {path}, got one with another {', '.join(differing)}: delete it, or "
             f"give another folder"
         )
     return run
+
+
+def _check_stored(run: Run, task: Task, regime: Regime, seed: int) -> None:
+    """ValueError unless ``run`` is what ``train`` returns for these three."""
+    if (run.task, run.regime, run.seed) != (task.name, regime.name, seed):
+        raise ValueError(f"a run of {run.task}, {run.regime}, seed {run.seed}")
+    if not len(run.steps) == len(run.held_out) == len(run.training) > 1:
+        raise ValueError("lists of losses of other lengths")
+    for x in (*run.held_out, *run.training):
+        if not (x is None or (isinstance(x, float) and math.isfinite(x))):
+            raise ValueError(f"a loss of {x!r}")
 
 
 def write_whole(path: Path, content: Any, indent: int | None = None) -> None:

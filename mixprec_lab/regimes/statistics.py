@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+_TAIL = 1e-9  #: the smallest chance whose quantile is found
+
 
 def t_cdf(t: float, df: int) -> float:
     """P(T <= t) for Student's t with ``df`` degrees of freedom: a finite sum, exact up to rounding.
@@ -30,9 +32,12 @@ def t_cdf(t: float, df: int) -> float:
 
 
 def t_quantile(p: float, df: int) -> float:
-    """The t with P(T <= t) = ``p``, by bisection to the last digits.  ValueError unless 0 < p < 1."""
-    if not 0 < p < 1:
-        raise ValueError(f"expected a probability between 0 and 1, got {p!r}")
+    """The t with P(T <= t) = ``p``, by bisection.  ValueError unless 1e-9 <= p <= 1 - 1e-9.
+
+    Beyond, the distribution function has too few digits left; there the relative error is 1e-7.
+    """
+    if not _TAIL <= p <= 1 - _TAIL:
+        raise ValueError(f"expected a probability from {_TAIL:g} to 1 - {_TAIL:g}, got {p!r}")
     if p < 0.5:
         return -t_quantile(1 - p, df)
     low, high = 0.0, 1.0
@@ -120,14 +125,14 @@ def power(difference: float, deviation: float, seeds: int, alpha: float = 0.05) 
 
     ``deviation`` is the standard deviation of the paired differences.  The statistic is noncentral t; its tail is
     integrated numerically over the distribution of the estimated deviation (Simpson, 2,000 steps).  ValueError for a
-    deviation that is not positive, fewer than two seeds, and an ``alpha`` outside of 0 to 1.
+    deviation that is not positive, fewer than two seeds, and an ``alpha`` outside of 2e-9 to 1.
     """
     if not deviation > 0 or not math.isfinite(deviation) or not math.isfinite(difference):
         raise ValueError(f"expected a positive deviation and a finite difference, got {deviation!r}, {difference!r}")
     if not isinstance(seeds, int) or seeds < 2:
         raise ValueError(f"expected at least two seeds, got {seeds!r}")
-    if not 0 < alpha < 1:
-        raise ValueError(f"expected alpha between 0 and 1, got {alpha!r}")
+    if not 2 * _TAIL <= alpha < 1:
+        raise ValueError(f"expected alpha from {2 * _TAIL:g} to 1, got {alpha!r}")
     df, shift = seeds - 1, abs(difference) / deviation * math.sqrt(seeds)
     critical = t_quantile(1 - alpha / 2, df)
     log_norm = math.log(2) + df / 2 * math.log(df / 2) - math.lgamma(df / 2)
@@ -136,11 +141,12 @@ def power(difference: float, deviation: float, seeds: int, alpha: float = 0.05) 
         density = math.exp(log_norm + (df - 1) * math.log(s) - df * s * s / 2) if s > 0 else 0.0
         return density * (_normal(shift - critical * s) + _normal(-shift - critical * s))
 
-    top, steps = 1 + 12 / math.sqrt(2 * df), 2000
-    width = top / steps
-    tiny = width * 1e-6 if df == 1 else 0.0  # for df 1 the density does not vanish at 0
-    inner = math.fsum((4 if i % 2 else 2) * seen(i * width) for i in range(1, steps))
-    return min(1.0, (seen(tiny) + inner + seen(top)) * width / 3)
+    spread, steps = 12 / math.sqrt(2 * df), 2000
+    low, top = max(0.0, 1 - spread), min(1 + spread, (shift + 9) / critical)  # beyond, the integrand is nothing
+    width = (top - low) / steps
+    first = low or (width * 1e-6 if df == 1 else 0.0)  # for df 1 the density does not vanish at 0
+    inner = math.fsum((4 if i % 2 else 2) * seen(low + i * width) for i in range(1, steps))
+    return min(1.0, (seen(first) + inner + seen(top)) * width / 3)
 
 
 def seeds_needed(difference: float, deviation: float, chance: float = 0.8, alpha: float = 0.05) -> int:

@@ -1,5 +1,6 @@
 """What is learned: a task as a value, and the two of the chapter."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 2:
             raise ValueError(f"expected at least two steps, got {self.steps!r}")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"expected a positive learning rate, got {self.learning_rate!r}")
         if not isinstance(self.evaluations, int) or not 1 <= self.evaluations <= self.steps:
             raise ValueError(f"expected 1 to {self.steps} evaluations, got {self.evaluations!r}")

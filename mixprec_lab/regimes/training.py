@@ -110,9 +110,11 @@ def evaluate(engine: Engine, task: Task) -> torch.Tensor:
 def fingerprint(task: Task, seed: int) -> str:
     """A digest of the initial weights and of every batch of ``seed``: what makes two runs a pair."""
     digest = hashlib.sha256()
-    for tensor in (*task.model(seed).state_dict().values(), *tree_leaves(list(_batches(task, seed)))):
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        whole = (*task.model(seed).state_dict().values(), *tree_leaves(list(_batches(task, seed))))
+    for tensor in whole:
         if isinstance(tensor, torch.Tensor):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -32,7 +32,7 @@ def _need(condition: bool, expected: str, got: object) -> None:
 
 
 def _positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 
 
 def validate(record: Mapping[str, Any]) -> Mapping[str, Any]:
