@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,15 +68,14 @@ def launch(
 
     RankFailed if a process fails: the others are killed, and the message is the traceback of the first that failed.
     LaunchTimeout after ``timeout`` seconds, with the stack of every process.  In any case, and when this process itself
-    dies, no process stays behind.  ValueError for a count below 1, a function of ``__main__`` (a notebook's cell), and
-    a word that ``show`` does not know; TypeError for what cannot be sent; FileNotFoundError for a script that is not
-    there.
+    dies, no process stays behind, but for one that a rank has put into another session.  ValueError for a count below
+    1, a timeout that is not above 0, a function of ``__main__`` (a notebook's cell), one that its module does not hold
+    under its name, and a word that ``show`` does not know; TypeError for what cannot be sent; FileNotFoundError for a
+    script that is not there.
     """
-    if processes < 1 or timeout <= 0 or show not in ("by rank", "live", "nothing"):
-        raise ValueError(
-            f"expected at least one process, a timeout above 0, and show to be 'by rank', 'live' or 'nothing', "
-            f"got {processes}, {timeout} and {show!r}"
-        )
+    _check_numbers(processes, timeout, show)
+    if not isinstance(arguments, Mapping | None):
+        raise TypeError(f"expected arguments by name, got a {type(arguments).__name__}: arguments={{'steps': 3}}")
     job = {**_described(target, arguments is not None), "arguments": dict(arguments or {})}
     with tempfile.TemporaryDirectory(prefix="mixprec_launch_") as name:
         folder = Path(name)
@@ -90,6 +90,16 @@ def launch(
         return Launched([run.result(r) for r in range(processes)], run.texts("out"), run.texts("err"))
 
 
+def _check_numbers(processes: int, timeout: float, show: Show) -> None:
+    whole = isinstance(processes, int) and not isinstance(processes, bool)
+    seconds = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if not (whole and processes >= 1 and seconds and timeout > 0 and show in ("by rank", "live", "nothing")):
+        raise ValueError(
+            f"expected at least one process, a timeout above 0, and show to be 'by rank', 'live' or 'nothing', "
+            f"got {processes!r}, {timeout!r} and {show!r}"
+        )
+
+
 def _described(target: Callable[..., Any] | str | Path, with_arguments: bool) -> dict[str, str]:
     """Where the processes find ``target``."""
     if isinstance(target, str | Path):
@@ -100,7 +110,8 @@ def _described(target: Callable[..., Any] | str | Path, with_arguments: bool) ->
             raise ValueError("expected no arguments for a script, which has none: launch a function of it instead")
         return {"script": str(path)}
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", "")
-    if module in (None, "__main__") or not name or "<" in name or "." in name:
+    known = getattr(sys.modules.get(module), name, None)  # what the processes will find under this name
+    if module in (None, "__main__") or known is not target:
         raise ValueError(
             f"expected a function at the top level of a module that other processes can import, got {target!r}: write "
             f"it to a file with %%writefile and launch the file, or import it from there"
@@ -113,11 +124,11 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch
 
 def _plain(value: Any, what: str) -> Any:
     """``value`` itself; TypeError, naming the place, if it holds anything that does not travel."""
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, inner in value.items():
             _plain(key, f"a key of {what}")
             _plain(inner, f"{what}[{key!r}]")
-    elif isinstance(value, list | tuple) and type(value) in (list, tuple):
+    elif type(value) in (list, tuple):
         for i, inner in enumerate(value):
             _plain(inner, f"{what}[{i}]")
     elif not (type(value) in _ATOMS or isinstance(value, torch.Tensor)):
@@ -191,10 +202,23 @@ class _Run:
                 self._let_others_speak(ranks)
                 raise self._failure([process.poll() for process in ranks])
             if None not in codes:
+                self._check_results()
                 return
             if time.monotonic() > deadline:
                 raise self._too_late(ranks, timeout)
             time.sleep(_POLL)
+
+    def _check_results(self) -> None:
+        """RankFailed for a rank that ended with status 0 before its function returned, as ``os._exit(0)`` does."""
+        silent = [rank for rank in range(self.processes) if not (self.folder / f"{rank}.pt").is_file()]
+        if silent:
+            raise RankFailed(
+                f"rank {silent[0]} of {self.processes} left with exit status 0 before it had returned: return from the "
+                f"function instead of calling os._exit\n{self._last_words(silent[0], 4000)}", silent[0], 0
+            )  # fmt: skip
+
+    def _last_words(self, rank: int, length: int) -> str:
+        return self._text(rank, "err").strip()[-length:] or "It wrote nothing to standard error."
 
     def _let_others_speak(self, ranks: list[subprocess.Popen]) -> None:
         """Wait until all have ended, or a second: which of them failed first is in what they write."""
@@ -208,8 +232,8 @@ class _Run:
         rank = min(reports, key=lambda r: (reports[r] is not None, reports[r]["time"] if reports[r] else 0, r))
         report, code = reports[rank], codes[rank]
         if report is None:
-            said = self._text(rank, "err").strip()[-4000:] or "It wrote nothing to standard error."
             how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
+            said = self._last_words(rank, 4000)
             return RankFailed(f"rank {rank} of {self.processes} {how} and raised nothing.\n{said}", rank, code)
         others = [f"then rank {r}: {reports[r]['error']}" for r in reports if r != rank and reports[r]]
         message = f"rank {rank} of {self.processes} failed first: {report['error']}\n\n{report['traceback']}"
@@ -225,7 +249,7 @@ class _Run:
             for rank in late:
                 ranks[rank].send_signal(signal.SIGUSR1)  # the process answers with its stack (_worker)
             time.sleep(0.3)
-        stacks = "\n".join(f"rank {rank}:\n{self._text(rank, 'err').strip()[-2000:]}" for rank in late)
+        stacks = "\n".join(f"rank {rank}:\n{self._last_words(rank, 2000)}" for rank in late)
         return LaunchTimeout(
             f"expected {self.processes} processes to end within {timeout:g} s, rank {', '.join(map(str, late))} did "
             f"not: is there a collective that not every rank calls? Give more time if there is none.\n{stacks}"

@@ -23,8 +23,11 @@ _FP32 = get_format("fp32")
 def gradients(ranks: int, size: int = 2048, noise: float = 1.0, seed: int = 0) -> torch.Tensor:
     """A gradient as each of ``ranks`` sees it, (ranks, size), float32: what they share, N(0, 1), plus their own noise.
 
-    ``noise`` is the standard deviation of what differs from rank to rank.
+    ``noise`` is the standard deviation of what differs from rank to rank.  ValueError for no ranks, no values, and
+    noise that is negative or not finite.
     """
+    if not (ranks >= 1 and size >= 1 and 0 <= noise < math.inf):
+        raise ValueError(f"expected a rank, a value, and noise of 0 or more, got {ranks}, {size} and {noise}")
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(size, generator=generator)
     return shared + noise * torch.randn(ranks, size, generator=generator)
@@ -44,9 +47,12 @@ def simulate_reduction(contributions: torch.Tensor, wire: FormatLike = "bf16", o
     number of ranks must be a power of two).  ``wide``: every rank sends its summand, the receiver adds in FP32 in the
     order of the ranks and rounds once.
 
-    TypeError unless ``contributions`` are float32; ValueError for another shape, order or number of ranks.
+    TypeError unless ``contributions`` are float32; ValueError for another shape, order or number of ranks, and for a
+    format without a sign.
     """
     fmt = get_format(wire)
+    if not fmt.signed:
+        raise ValueError(f"expected a format with a sign, got {fmt.title}: gradients are negative, too")
     if not isinstance(contributions, torch.Tensor) or contributions.dtype != torch.float32:
         got = contributions.dtype if isinstance(contributions, torch.Tensor) else type(contributions).__name__
         raise TypeError(f"expected a float32 tensor of shape (ranks, size), got {got}: call .float() first")
@@ -70,9 +76,9 @@ def on_the_wire(x: torch.Tensor, fmt: FormatLike) -> torch.Tensor:
 
 def _ring(contributions: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
     ranks, size = contributions.shape
-    length = -(-size // ranks)
-    chunk = torch.arange(ranks).unsqueeze(1)
-    index = -(-chunk * size // ranks) + torch.arange(length)  # (ranks, length): a row for each chunk
+    here, length = contributions.device, -(-size // ranks)
+    chunk = torch.arange(ranks, device=here).unsqueeze(1)
+    index = -(-chunk * size // ranks) + torch.arange(length, device=here)  # (ranks, length): a row for each chunk
     inside = index < -(-(chunk + 1) * size // ranks)  # a shorter chunk is filled up by zeros, which change no sum
 
     def sent_by(hop: int) -> torch.Tensor:
@@ -104,13 +110,22 @@ def _wide(contributions: torch.Tensor, fmt: FloatFormat) -> torch.Tensor:
 
 
 def exact_sum(contributions: torch.Tensor) -> torch.Tensor:
-    """The sum over the first axis, correctly rounded to float64 whatever cancels (``math.fsum``); finite values."""
+    """The sum over the first axis of (ranks, size), correctly rounded to float64 whatever cancels (``math.fsum``).
+
+    ValueError for another shape and for values that are not finite, whose sum is not exact.
+    """
+    if contributions.dim() != 2 or not bool(contributions.isfinite().all()):
+        got = tuple(contributions.shape) if contributions.dim() != 2 else "NaN or infinity"
+        raise ValueError(f"expected finite contributions of shape (ranks, size), got {got}")
     columns = contributions.double().T.tolist()
     return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64)
 
 
 def reduction_error(contributions: torch.Tensor, wire: FormatLike = "bf16", order: Order = "ring") -> float:
-    """Root mean square error of ``simulate_reduction`` over the root mean square of the exact sum."""
+    """Root mean square error of ``simulate_reduction`` over the root mean square of the exact sum; errors as of both.
+
+    NaN if both are 0, as for gradients of zeros; infinite if only the exact sum is 0, or a sum overflows.
+    """
     exact = exact_sum(contributions)
     return float((simulate_reduction(contributions, wire, order).double() - exact).norm() / exact.norm())
 
@@ -122,13 +137,15 @@ def error_bound(ranks: int, wire: FormatLike = "bf16", order: Order = "ring") ->
     ``(1 + u)**k * (1 + u32)**m`` (Higham 2002, section 3.1).  The first summand of a ring is rounded once to be sent
     and once at each of ranks - 1 additions; in a tree at log2(ranks) additions; of a wide sum once, and the sum once
     more.  Holds for formats of 16 bits and more while nothing is subnormal; ValueError for narrower ones.
+    Infinite where the bound is beyond float64.
     """
     fmt = get_format(wire)
     if fmt.bits <= 8:
         raise ValueError(f"expected a format of 16 bits or more, got {fmt.title}: its scales change from hop to hop")
-    if ranks < 1 or order not in ORDERS or (order == "tree" and ranks & (ranks - 1)):
-        raise ValueError(f"expected at least one rank, a power of two of them for a tree, got {ranks} and {order!r}")
+    if not isinstance(ranks, int) or ranks < 1 or order not in ORDERS or (order == "tree" and ranks & (ranks - 1)):
+        raise ValueError(f"expected at least one rank, a power of two of them for a tree, got {ranks!r} and {order!r}")
     hops = {"ring": ranks - 1, "tree": (ranks - 1).bit_length(), "wide": 1}[order]
     additions = {"ring": ranks - 1, "tree": hops, "wide": ranks}[order]
     u = 0.0 if fmt == _FP32 else fmt.unit_roundoff
-    return math.expm1((hops + 1) * math.log1p(u) + additions * math.log1p(_FP32.unit_roundoff))
+    log = (hops + 1) * math.log1p(u) + additions * math.log1p(_FP32.unit_roundoff)
+    return math.expm1(log) if log < 709 else math.inf
