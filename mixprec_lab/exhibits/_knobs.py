@@ -54,3 +54,4 @@ class TrainingKnobs(t.HasTraits):
         """Leave the exhibit; the knobs keep their last values."""
         for link in self._links:
             link.unlink()
+        self._links = []

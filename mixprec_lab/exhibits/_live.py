@@ -59,9 +59,16 @@ def cast_path(place: torch.device, fmt: FloatFormat) -> str:
 
 
 class Tensors:
-    """The reader's tensors by key, one of them at a time on ``place``; nothing is copied that is there already."""
+    """The reader's tensors by key, one of them at a time on ``place``; nothing is copied that is there already.
+
+    TypeError for sparse tensors and for those on the meta device, which have no values.
+    """
 
     def __init__(self, given: Mapping[Hashable, torch.Tensor], place: torch.device) -> None:
+        for key, x in given.items():
+            if x.layout is not torch.strided or x.is_meta:
+                got = "one on the meta device" if x.is_meta else str(x.layout)
+                raise TypeError(f"expected {key!r} to be a dense tensor with values, got {got}: give its values")
         self.place = place
         self._given = {key: x.detach() if x.requires_grad else x for key, x in given.items()}
         self._parked: dict[Hashable, tuple[weakref.ref, torch.Tensor]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mixprec_lab import device as devices
+from mixprec_lab.exhibits._live import place_of
 from mixprec_lab.formats import FormatLike
 from mixprec_lab.loss_scaling import GradientRecord, MagnitudeHistogram, record_gradients
 
@@ -79,14 +80,16 @@ def named(
 
 
 def _place(model: nn.Module, wanted: torch.device | str | None) -> torch.device:
-    """The device to record on; ValueError for a model without parameters."""
+    """The device to record on; ValueError for a model without parameters or values, else as ``place_of``."""
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("expected a model with values, got parameters on the meta device: load its weights first")
     if wanted is None:
         here = {p.device for p in model.parameters()}
         if len(here) != 1:
             got = ", ".join(sorted(map(str, here))) or "no parameters"
             raise ValueError(f"expected a model on one device, got {got}: say with device= where to record")
         wanted = devices.pick().device if here == {torch.device("cpu")} else here.pop()
-    return torch.empty(0, device=wanted).device  # with its number, as parameters have it
+    return place_of(wanted)
 
 
 def _moved(x: Any, place: torch.device) -> Any:

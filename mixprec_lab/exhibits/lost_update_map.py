@@ -230,6 +230,8 @@ def _given(weights: torch.Tensor | nn.Module | Mapping[str, torch.Tensor] | None
         return {}
     if isinstance(weights, nn.Module):
         weights = dict(weights.named_parameters())
+    if not isinstance(weights, torch.Tensor | Mapping):
+        raise TypeError(f"expected a model, a tensor, or tensors by name, got {type(weights).__name__}")
     found = {"weights": weights} if isinstance(weights, torch.Tensor) else dict(weights)
     for key, x in found.items():
         if not (isinstance(x, torch.Tensor) and x.is_floating_point()):

@@ -74,6 +74,8 @@ class Windows(LiveExhibit):
         constructor.  Raises ValueError for no tensors, an empty one, or one that holds NaN or infinity, and TypeError
         for tensors that are not floating-point.
         """
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"expected tensors by name, got {type(tensors).__name__}: give {{'gradients': tensor}}")
         if not tensors:
             raise ValueError("expected at least one tensor, got none")
         return cls(formats=formats, tensors=tensors, **options)
