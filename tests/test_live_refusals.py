@@ -100,7 +100,7 @@ def test_moves_of_controls_leave_model_optimizer_gradients_and_generator_as_they
 
 @pytest.mark.parametrize(
     "state",
-    [{"log2_scale": 5, "format": "nope"}, {"log2_scale": 6, "phase": 3}, {"guess": 99, "log2_scale": 9}, {"x": 1}, None],
+    [{"log2_scale": 5, "format": "nope"}, {"log2_scale": 6, "phase": 3}, {"guess": 99, "log2_scale": 9}, {"x": 1}, []],
     ids=str,
 )
 def test_a_question_that_is_refused_changes_no_control(state):
