@@ -18,13 +18,16 @@ from mixprec_lab.rounding import accumulate
 def run_check(code: Code, source: str) -> None:
     """Run ``source`` and print the verdict of the task's check on what it defines: "Correct.", "Not ..." and why.
 
-    Raises NameError if ``source`` does not define ``code.name``, and what ``source`` raises while it is read.
+    Raises NameError if ``source`` does not define ``code.name``, TypeError if that cannot be called, and what
+    ``source`` raises while it is read.
     """
     namespace: dict = {}
     exec(compile(source, f"<{code.name}>", "exec"), namespace)
     if code.name not in namespace:
         got = ", ".join(name for name in namespace if not name.startswith("_")) or "nothing"
         raise NameError(f"expected the source to define {code.name}, got {got}")
+    if not callable(namespace[code.name]):
+        raise TypeError(f"expected {code.name} to be a function or a class, got {namespace[code.name]!r:.60}")
     get_check(code.check)(namespace[code.name])
 
 

@@ -13,6 +13,7 @@ Source: P. A. Wozniak, Optimization of Learning, master's thesis, Poznan Univers
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -22,6 +23,7 @@ LONGEST = 36_500  #: days: a century; the published rule has no end, dates have
 EASE_FLOOR = 130
 PASSED, WELL_KNOWN = 3, 4  #: a quality below the first starts the card anew, one below the second repeats it today
 VERSION = 1
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 #: repetitions in a row that were passed; days from the last review to the next; easiness in hundredths; the date of
 #: the next review (None: never seen); whether the card comes again today.
 NEW: Mapping[str, int | str | bool | None] = MappingProxyType(
@@ -56,9 +58,11 @@ def review(state: Mapping, quality: int, today: Date) -> dict:
 
     From 3 on the answer counts as known: the ease moves, and the new ease gives the interval.  Below 3 the card starts
     anew, and its ease stays.  Below 4 it also comes again on the same day (``repeat_today``).  Raises ValueError for
-    another quality and for a state that is none.
+    another quality and for a state that is none, TypeError for a ``today`` with a time.
     """
     _checked(state)
+    if not isinstance(today, Date) or isinstance(today, datetime.datetime):
+        raise TypeError(f"expected today to be a datetime.date without a time, got {today!r}")
     known = _quality(quality) >= PASSED
     repetitions = state["repetitions"] + 1 if known else 0
     ease = next_ease(state["ease"], quality) if known else state["ease"]
@@ -103,10 +107,11 @@ def import_progress(text: str) -> dict[str, dict]:
     """The progress that ``export_progress`` wrote.  Raises ValueError, saying what is wrong, for any other text."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON; or numbers and nestings that no page wrote
         raise ValueError(f"expected progress as JSON, got {error}; choose a file that this page exported") from error
     head = {"algorithm": "SM-2", "version": VERSION}
-    if not isinstance(content, dict) or {k: content.get(k) for k in head} != head or set(content) != {*head, "cards"}:
+    found = {k: content.get(k) for k in head} if isinstance(content, dict) else {}
+    if found != head or found["version"] is True or set(content) != {*head, "cards"}:
         raise ValueError(f"expected progress of SM-2, version {VERSION}, with cards, got {text[:60]!r}")
     if not isinstance(content["cards"], dict):
         raise ValueError(f"expected cards to be a mapping from ids to states, got {content['cards']!r:.60}")
@@ -130,7 +135,7 @@ def _checked(state: Mapping) -> Mapping:
 
 def _date(text: object) -> Date:
     try:
-        if isinstance(text, str) and len(text) == 10 and text >= "1900":  # room for the longest interval before it
+        if isinstance(text, str) and _DAY.fullmatch(text) and text >= "1900":  # room for the longest interval before it
             return Date.fromisoformat(text)
     except ValueError:
         pass

@@ -152,6 +152,6 @@ class Exam:
 
 def begin(ids: Sequence[str], count: int, minutes: int, seed: int, now: int) -> Exam:
     """An exam of ``count`` of ``ids``, drawn by ``seed``, that starts at ``now``.  ValueError without questions."""
-    if not ids or count < 1 or minutes < 1:
+    if not ids or not all(isinstance(n, int) and n >= 1 for n in (count, minutes)):
         raise ValueError(f"expected questions, a count and minutes, got {len(ids)}, {count} and {minutes}")
     return Exam(tuple(draw(ids, count, seed)), minutes, now)
