@@ -13,7 +13,7 @@ from pathlib import Path
 
 SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
 HOST = "127.0.0.1"
-POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)">')
+POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([ !#-~]*)">')
 HEAD = 8192  # bytes: the policy is ahead of everything that loads
 NO_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # for what is no page, an SVG drawing for example
 HEADERS = {
@@ -59,7 +59,7 @@ class BookHandler(SimpleHTTPRequestHandler):
 
     def end_headers(self) -> None:
         """Add the headers that every answer carries."""
-        path = self.file_asked_for()
+        path = self.file_asked_for() if hasattr(self, "path") else None  # no path in a line that is no request
         self.send_header("Content-Security-Policy", policy_of(path or Path()))
         for name, value in HEADERS.items():
             self.send_header(name, value)
