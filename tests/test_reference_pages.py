@@ -73,7 +73,7 @@ def minutes(page: str) -> int:
 def test_a_reading_path_takes_the_time_that_its_pages_take():
     paths = re.findall(r"^(.*): (\d+) minutes\n: (.*)\n  (?:.*\n  )*Afterwards you can ", read("index.md"), re.M)
     assert [name for name, _, _ in paths] == [
-        "One evening", "My loss is NaN now", "Moving to FP8", "An interview in a week",
+        "One evening", "My loss is NaN now", "Moving to FP8", "Training on many GPUs", "An interview in a week",
     ]  # fmt: skip
     for name, total, steps in paths:
         named = {page: int(number) for page, number in re.findall(r"\{doc\}`(\w+)` \((\d+)\)", steps)}
