@@ -100,6 +100,9 @@ def test_a_page_with_scripts_does_not_see_the_picture(browser, tmp_path):
             context.close()
 
 
+DRAWN = (".mpl-still-drawing", ":not(.mpl-still-drawing)")
+
+
 @pytest.fixture(scope="module")
 def plain(browser, site):
     """A page without scripts."""
@@ -120,6 +123,9 @@ def test_without_scripts_a_page_is_whole_fits_and_shows_every_exhibit(plain, sit
         assert all(e.is_visible() for e in [*stills.all(), *captions.all()])
         assert set(captions.all_inner_texts()) <= {CAPTION}
         assert plain.evaluate(OVERLAPS) == []
+        sizes = "all => all.filter((e) => e.clientWidth).map((e) => e.clientWidth)"
+        drawings, marks = (plain.locator(f"noscript svg{which}").evaluate_all(sizes) for which in DRAWN)
+        assert all(size >= 600 for size in drawings) and all(size <= 60 for size in marks), (drawings, marks)
     paper, ink = plain.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )

@@ -126,7 +126,7 @@ class Element {
 
   // No layout and nobody to answer to
   get viewBox() {
-    const [x, y, width, height] = this.getAttribute("viewBox").split(" ").map(Number);
+    const [x, y, width, height] = (this.getAttribute("viewBox") ?? "0 0 0 0").split(" ").map(Number);
     return { baseVal: { x, y, width, height } };
   }
   get clientWidth() { return 0; }
@@ -208,6 +208,7 @@ function settle(root) {
     else if (node.localName === "select") node.replaceWith(words(node.selectedOptions[0]?.textContent ?? ""));
     else if (node.localName === "textarea" || node.matches("input[type=text], input[type=number]")) node.replaceWith(words(node.value));
     else if (node.localName === "input") node.disabled = true;
+    else if (node.localName === "svg" && node.viewBox.baseVal.width >= 480) node.classList.add("mpl-still-drawing");
     else if (["button", "label", "output"].includes(node.localName)) {
       node.classList.add(`mpl-still-${node.localName}`);
       node.localName = "span";
