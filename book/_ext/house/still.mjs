@@ -5,6 +5,7 @@
 import { Buffer } from "node:buffer";
 import { readFileSync, writeFileSync } from "node:fs";
 
+const WIDE = 640; // pixels of a drawing: as wide as the text of a page, see .mpl-still-drawing in book.css
 const HTML = "http://www.w3.org/1999/xhtml";
 const VOID = new Set(["area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"]);
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll('"', "&quot;");
@@ -129,7 +130,7 @@ class Element {
     const [x, y, width, height] = (this.getAttribute("viewBox") ?? "0 0 0 0").split(" ").map(Number);
     return { baseVal: { x, y, width, height } };
   }
-  get clientWidth() { return 0; }
+  get clientWidth() { return this.localName === "svg" ? WIDE : 0; }
   get clientHeight() { return 0; }
   get offsetWidth() { return 0; }
   getBoundingClientRect() { return { left: 0, top: 0, right: 0, bottom: 0, width: 0, height: 0, x: 0, y: 0 }; }
