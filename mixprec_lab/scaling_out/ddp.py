@@ -50,7 +50,7 @@ def run(steps: int = 40, overflow_at: int | None = None, data: Sequence[torch.Te
             results[name] = result = train(group, own, dtype, compress, steps, overflow_at)
             skipped = f", {result['skipped']} skipped" if dtype == torch.float16 else ""
             print(f"{name}: loss {result['first_loss']:.1f} -> {result['last_loss']:.1f}{skipped}, "
-                  f"same weights everywhere: {result['same']}")  # fmt: skip
+                  f"same weights: {result['same']}")  # fmt: skip
         return results
 
 
