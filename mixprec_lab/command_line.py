@@ -37,7 +37,7 @@ def _asked() -> Iterator[None]:
     """Around a call of the library with what the user wrote: its refusals become ``BadQuestion``."""
     try:
         yield
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise BadQuestion(" ".join(str(error.args[0] if error.args else error).split())) from error
 
 
@@ -94,13 +94,13 @@ def memory(options: argparse.Namespace) -> Answer:
              "adapters", "base")  # fmt: skip
     with _asked():
         bill = training_memory(parse_count(options.model), options.regime, **{n: getattr(options, n) for n in names})
-    fits = {name: bill.fits(name) for name in GPUS}
+        fits, shown = {name: bill.fits(name) for name in GPUS}, str(bill)
     answer = {
         "parameters": bill.parameters, "regime": bill.regime.name, "source": bill.regime.source, "total": bill.total,
         "states": bill.states, "bytes_per_parameter": bill.bytes_per_parameter, "fits": fits,
         "terms": {name: {"bytes": term.bytes, "expression": term.expression} for name, term in bill.terms.items()},
     }  # fmt: skip
-    return answer, f"{bill}\nfits: {', '.join(name for name, fit in fits.items() if fit) or 'none of the GPUs listed'}"
+    return answer, f"{shown}\nfits: {', '.join(name for name, fit in fits.items() if fit) or 'none of the GPUs listed'}"
 
 
 def _regimes() -> dict[str, float]:

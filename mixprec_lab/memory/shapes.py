@@ -101,6 +101,12 @@ class ModelShape:
         matrices, others = self._attention()
         return matrices + copies * mlp[0], others + copies * mlp[1] + router + 2 * self._norm()
 
+    def _all_layers(self) -> tuple[int, int]:
+        """Parameters of all layers, of which there are at most two kinds: in matrices, and others."""
+        dense = min(self.experts.dense_layers, self.layers) if self.experts else 0
+        (first, others), (last, rest) = self._layer(0), self._layer(self.layers - 1)
+        return dense * first + (self.layers - dense) * last, dense * others + (self.layers - dense) * rest
+
     def _norm(self) -> int:
         return self.hidden * (2 if self.norm == "layer" else 1)
 
@@ -112,7 +118,7 @@ class ModelShape:
     @property
     def matrix_parameters(self) -> int:
         """Weights of the matrices inside the layers: what FP8 recipes copy.  No embedding, no head, no router."""
-        return sum(self._layer(i)[0] for i in range(self.layers))
+        return self._all_layers()[0]
 
     @property
     def head_parameters(self) -> int:
@@ -123,7 +129,7 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
         tables = self.head_parameters * (1 if self.tied else 2) + self.positions * self.hidden
-        return tables + sum(sum(self._layer(i)) for i in range(self.layers)) + self._norm()
+        return tables + sum(self._all_layers()) + self._norm()
 
 
 _GPT2 = "OpenAI GPT-2, hparams of the released checkpoints"
