@@ -14,6 +14,7 @@ from websocket import create_connection
 
 NAMES = ("firefox-esr", "firefox")
 LISTENS = re.compile(r"WebDriver BiDi listening on (ws://127\.0\.0\.1:\d+)")
+ABANDONED = "NS_BINDING_ABORTED"  # a page that was left while it fetched the next one ahead
 PREFERENCES = {
     "app.update.enabled": False,
     "browser.aboutwelcome.enabled": False,
@@ -57,7 +58,7 @@ class Firefox:
     def _hear(self, event: str, params: dict) -> None:
         if event == "log.entryAdded" and params["level"] == "error":
             self.errors.append(f"{params['type']}: {params['text']}")
-        elif event == "network.fetchError":
+        elif event == "network.fetchError" and params["errorText"] != ABANDONED:
             self.errors.append(f"{params['request']['url']}: {params['errorText']}")
         elif event == "network.responseCompleted" and params["response"]["status"] >= 400:
             self.errors.append(f"{params['request']['url']}: {params['response']['status']}")

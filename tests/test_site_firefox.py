@@ -1,5 +1,7 @@
 """The built book in another browser: every page opens without a complaint, and its exhibits answer with our numbers."""
 
+import json
+
 import pytest
 from conftest import HTML, READY, WATCH_POLICY, served
 from firefox import find_firefox, running
@@ -50,10 +52,11 @@ def test_a_page_opens_fits_and_its_exhibit_answers_a_key(firefox, site, path):
     if focused:
         kind, in_focus = focused
         assert in_focus
-        before = firefox.evaluate(EXHIBITS)
+        texts = f"JSON.stringify(({EXHIBITS})())"
+        before = firefox.evaluate(f"() => {texts}")
         for key in (RIGHT, LEFT, END) if kind == "range" else (DOWN, UP, END):
             firefox.press(key)
-        assert firefox.evaluate(EXHIBITS) != before
+        firefox.until(f"() => {texts} !== {json.dumps(before)}", seconds=10)
     assert firefox.errors == [] == firefox.evaluate("() => refusedByPolicy")
 
 
