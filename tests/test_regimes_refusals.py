@@ -153,6 +153,17 @@ def test_the_command_refuses_too_few_seeds_before_it_trains(seeds, capsys, tmp_p
     assert left.value.code == 2 and f"expected --seeds of at least 2, got {seeds}" in capsys.readouterr().err
 
 
+def test_the_command_refuses_a_device_and_a_record_that_are_not_here(capsys, tmp_path):
+    path = tmp_path / "record.json"
+    for words, said in (
+        (["--device", "nowhere"], "expected --device of this machine (cpu, cuda, cuda:1, ...), got 'nowhere'"),
+        (["--speed"], f"expected a record in {path}, which --speed completes"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            command.main([*words, "--output", str(path)])
+        assert left.value.code == 2 and said in capsys.readouterr().err
+
+
 # -- records ---------------------------------------------------------------------------------------------------------
 
 JUNK = (None, True, -1, 1.5, math.nan, math.inf, "", "x", [], {}, [None], {"a": 1}, [[]], 10**400)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import runpy
+import warnings
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -63,6 +65,14 @@ def test_a_rank_that_leaves_with_status_0_and_without_a_result_has_failed():
 def test_a_rank_that_shows_no_stack_is_said_to_be_silent():
     with pytest.raises(TimeoutError, match="rank 0:\nIt wrote nothing to standard error"):
         launch(refused_jobs.sleeps_deaf, 1, timeout=0.01, show="nothing")
+
+
+@pytest.mark.parametrize("words", [[], ["folder", "again"], ["folder", "resume", "now"]], ids=str)
+def test_the_checkpoint_job_says_how_it_is_called(words, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["checkpoints", *words])
+    with pytest.raises(SystemExit, match="expected FOLDER or FOLDER resume, got"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # runpy: the module is imported already
+        runpy.run_module("mixprec_lab.scaling_out.checkpoints", run_name="__main__")
 
 
 @pytest.mark.parametrize("order", ORDERS)

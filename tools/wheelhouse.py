@@ -82,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.folder.expanduser().resolve()
     if os.environ.pop("WHEELHOUSE", None):
         sys.exit("expected WHEELHOUSE to be unset: it names a folder to install from; TO=folder names the one to fill.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"expected a folder that can be made or filled, got {folder} ({error.strerror}): name another one.")
     if options.project:
         with tempfile.TemporaryDirectory() as scratch:
             fetch_wheels(folder, ["--no-deps", str(source_copy(Path(scratch)))])

@@ -43,13 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("expected --output with --quick: its record is not a whole one")
     if options.seeds is not None and options.seeds < 2:
         parser.error(f"expected --seeds of at least 2, got {options.seeds}: one seed makes no interval")
-    device = torch.device(options.device) if options.device else pick().device
+    try:
+        device = torch.empty(0, device=options.device).device if options.device else pick().device
+    except (RuntimeError, AssertionError):
+        parser.error(f"expected --device of this machine (cpu, cuda, cuda:1, ...), got {options.device!r}")
     command = " ".join(["python -m mixprec_lab.regimes", *given])
     path = options.output or _default_output(parser, device)
     regimes = [*REGIMES, *VARIANTS]
     tasks = [get_task(name, options.quick, device) for name in TASKS]
     rounds = 3 if options.quick else 15
     if options.speed:
+        if not path.is_file():
+            parser.error(f"expected a record in {path}, which --speed completes: train it first, without --speed")
         record = dict(load_record(path))
         if record["device"] != describe(device):
             parser.error(f"expected a record of {describe(device)}, got one of {record['device']}")

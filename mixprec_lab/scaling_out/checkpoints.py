@@ -125,4 +125,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 if __name__ == "__main__":
-    (resume if sys.argv[2:] == ["resume"] else run)(sys.argv[1])
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["resume"]):
+        sys.exit(f"expected FOLDER or FOLDER resume, got {' '.join(sys.argv[1:]) or 'nothing'}")
+    (resume if sys.argv[2:] else run)(sys.argv[1])
