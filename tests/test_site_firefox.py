@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import HTML, READY, WATCH_POLICY, served
 from firefox import find_firefox, running
+from house.policy import secured
 from widget_page import MAKERS, SAID, page_of
 
 PAGES = sorted(str(p.relative_to(HTML)) for p in HTML.rglob("*.html") if p != HTML / "index.html")
@@ -67,3 +68,15 @@ def test_pages_open_from_disk(firefox):
         firefox.until(READY)
         assert firefox.evaluate(UNWELL) == 0
         assert firefox.errors == [] == firefox.evaluate("() => refusedByPolicy")
+
+
+def test_what_goes_wrong_is_noticed(firefox, tmp_path):
+    page = '<meta charset="utf-8"><img src=nothing.png><script>throw new Error("thrown")</script>'
+    tmp_path.joinpath("bad.html").write_text(secured(page), "utf-8")
+    with served(tmp_path) as address:
+        firefox.go(f"{address}/bad.html")
+        firefox.evaluate("() => document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=a()>')")
+        firefox.until("() => refusedByPolicy.length")
+    assert any("nothing.png: 404" in error for error in firefox.errors)
+    assert any("thrown" in error for error in firefox.errors)
+    assert "script-src-attr" in firefox.evaluate("() => refusedByPolicy")[0]
