@@ -29,7 +29,7 @@ def cells() -> list:
 
 @cache
 def setup() -> str:
-    return next(c.source for c in cells() if "setup" in c.metadata.get("tags", []))
+    return "\n".join(c.source for c in cells() if "setup" in c.metadata.get("tags", []))
 
 
 @cache
