@@ -102,7 +102,7 @@ def test_a_story_by_hand():
     assert (texts["fp16_unscaled-loss"], texts["fp16_unscaled-gap"]) == ("2.5", "+500.000 [+500.000, +500.000]")
     assert (texts["fp32-bytes"], texts["fp32-speed"]) == ("10", "\u2014")
     assert texts["verdict"] == (
-        "a model on images, step 100, 3 seeds, paired: of 1 picked, 1 can be told from FP32, 0 can not. "
+        "a model on images, step 100, 3 seeds, paired: of 1 picked, 1 can be told from FP32, 0 cannot. "
         "The widest gap: FP16, unscaled, +500.000 [+500.000, +500.000] thousandths."
     )
     assert "Speed was not measured." in texts["source"] and "2026-11-26" in texts["source"]
@@ -122,7 +122,7 @@ def test_lost_runs_are_told_and_not_compared():
     exhibit = RegimeComparison(small_record(), task="images")
     texts = exhibit.result()
     assert texts["mxfp8-loss"] == "lost in 2" and texts["mxfp8-gap"] == "\u2014" and texts["mxfp8-bytes"] == "0"
-    assert "1 can not be compared: a loss was lost." in texts["verdict"]
+    assert "1 cannot be compared: a loss was lost." in texts["verdict"]
     exhibit.seeds = 2  # the first two seeds were not lost
     assert exhibit.gap("mxfp8") is not None and "lost" not in exhibit.result()["verdict"]
 

@@ -81,8 +81,8 @@ function verdict(gaps, state, data) {
   if (!others.length) return `Pick at least one regime beside ${title(state.baseline)}.`;
   const told = others.filter((x) => gaps[x] !== null), differ = told.filter((x) => excludes(gaps[x]));
   let words = `${task.title}, step ${task.steps[state.at]}, ${state.seeds} seeds, ${state.interval}: of ${others.length} picked, `
-    + `${differ.length} can be told from ${title(state.baseline)}, ${told.length - differ.length} can not.`;
-  if (told.length < others.length) words += ` ${others.length - told.length} can not be compared: a loss was lost.`;
+    + `${differ.length} can be told from ${title(state.baseline)}, ${told.length - differ.length} cannot.`;
+  if (told.length < others.length) words += ` ${others.length - told.length} cannot be compared: a loss was lost.`;
   if (told.length) {
     const widest = told.reduce((best, x) => (Math.abs(gaps[x][0]) > Math.abs(gaps[best][0]) ? x : best));
     words += ` The widest gap: ${title(widest)}, ${gapText(gaps[widest])} thousandths.`;

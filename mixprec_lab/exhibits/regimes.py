@@ -132,10 +132,10 @@ class RegimeComparison(Exhibit):
         differ = [x for x in told if gaps[x][1] > 0 or gaps[x][2] < 0]
         words = (
             f"{task['title']}, step {task['steps'][self.at]}, {self.seeds} seeds, {self.interval}: of {len(others)} "
-            f"picked, {len(differ)} can be told from {titles[self.baseline]}, {len(told) - len(differ)} can not."
+            f"picked, {len(differ)} can be told from {titles[self.baseline]}, {len(told) - len(differ)} cannot."
         )
         if len(told) < len(others):
-            words += f" {len(others) - len(told)} can not be compared: a loss was lost."
+            words += f" {len(others) - len(told)} cannot be compared: a loss was lost."
         if told:
             widest = max(told, key=lambda x: abs(gaps[x][0]))
             words += f" The widest gap: {titles[widest]}, {self._gap_text(widest)} thousandths."
