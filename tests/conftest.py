@@ -272,17 +272,17 @@ def contexts(browser) -> Iterator[Callable]:
 
 @pytest.fixture
 def open_page(contexts, site) -> Iterator[Callable[..., Visit]]:
-    """``open_page("book/formats.html", theme="light", width=1280, scheme="http")`` -> a loaded ``Visit``.
+    """``open_page("book/formats.html", theme="light", width=1280, scheme="http", query="")`` -> a loaded ``Visit``.
 
     It returns when the mathematics is set and every exhibit is ready (or has failed).
     """
     opened = []
 
-    def open_(path: str, theme: str = "light", width: int = 1280, scheme: str = "http") -> Visit:
+    def open_(path: str, theme: str = "light", width: int = 1280, scheme: str = "http", query: str = "") -> Visit:
         page = contexts(theme, width).new_page()
         opened.append(page)
         visit = Visit(page)
-        page.goto((HTML / path).as_uri() if scheme == "file" else f"{site}/{path}")
+        page.goto(((HTML / path).as_uri() if scheme == "file" else f"{site}/{path}") + query)
         wait_until(page, READY)
         return visit
 

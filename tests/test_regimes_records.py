@@ -15,7 +15,7 @@ from mixprec_lab.regimes.__main__ import main
 from mixprec_lab.regimes.records import make_record, provenance, runs_of, slug, validate_record
 from mixprec_lab.regimes.speed import measure_speed
 from mixprec_lab.regimes.statistics import t_cdf, t_quantile
-from mixprec_lab.speed import BrokenRecord, load_all
+from mixprec_lab.speed import BrokenRecord, describe, load_all
 
 stats = pytest.importorskip("scipy.stats")
 DATA = Path(__file__).resolve().parent.parent / "book" / "data"
@@ -221,10 +221,13 @@ def test_a_record_has_the_same_name_however_many_threads_torch_may_use(tmp_path,
     def refuse(path):
         raise BrokenRecord(path.name)
 
-    (tmp_path / "book" / "data").mkdir(parents=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = tmp_path / "book" / "data" / f"regimes_{slug(describe(torch.device('cpu')))}.json"
+    path.parent.mkdir(parents=True)
+    path.touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mixprec_lab.regimes.__main__.load_record", refuse)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with pytest.raises(BrokenRecord, match="^regimes_.*_1_of_.*_cores.json$"):

@@ -107,8 +107,7 @@ def test_a_chapter_prints(open_page):
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
 def test_search_finds_and_quotes_and_nothing_is_refused(open_page, scheme):
-    visit = open_page("search.html", scheme=scheme)
-    visit.page.goto(f"{visit.page.url}?q=underflow")
+    visit = open_page("search.html", scheme=scheme, query="?q=underflow")
     wait_until(visit.page, "() => /found/.test(document.querySelector('.search-summary')?.textContent)")
     results = visit.page.locator("ul.search li a")
     assert results.count() >= 5
