@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 NOTEBOOKS = $(wildcard book/*.ipynb)
-# As many test processes as there are cores; the tests of one file, and the cells of one notebook, stay together.
+# As many test processes as there are cores, one thread each; the tests of one file, and the cells of one notebook,
+# stay together.
 PARALLEL = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help install lint test book page serve lab notebooks anki measure gpu wheelhouse wheel lock audit clean
@@ -19,7 +20,7 @@ lint: install ## check the code style and that the notebooks are stripped
 	@$(VENV_PYTHON) tools/strip_notebooks.py --check $(NOTEBOOKS)
 
 test: book ## build the book, then run every test, every notebook and the site in a real browser
-	@IPYTHONDIR="$(CURDIR)/_build/ipython" $(VENV_PYTHON) -m pytest $(PARALLEL) --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg $(NOTEBOOKS) tests
+	@OMP_NUM_THREADS=1 IPYTHONDIR="$(CURDIR)/_build/ipython" $(VENV_PYTHON) -m pytest $(PARALLEL) --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg $(NOTEBOOKS) tests
 
 book: install ## run the notebooks and build the HTML book, warnings as errors
 	@$(VENV_PYTHON) tools/build_book.py

@@ -67,6 +67,7 @@ def source_hash() -> str:
 def build_environment() -> dict[str, str]:
     """The environment of the build: nothing of the user's own Jupyter, IPython or matplotlib settings gets in."""
     environment = {key: value for key, value in os.environ.items() if key not in {"MPLBACKEND", "MATPLOTLIBRC"}}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # as many notebooks run at once as there are cores
     return environment | {
         "IPYTHONDIR": str(BUILD / "ipython"),
         "MPLCONFIGDIR": str(BUILD / "matplotlib"),
