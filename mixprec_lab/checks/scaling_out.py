@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 
@@ -24,6 +25,7 @@ def fp16_mean(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     values = (256.0, 2.0**-18, -512.0)
     cases = [((torch.full((ranks, 1), v),), torch.tensor([v])) for ranks, v in ((2, 1.5), *((512, v) for v in values))]
 
+    @wraps(function)
     def mean(contributions: torch.Tensor) -> object:
         result = function(contributions)
         return result.float() if isinstance(result, torch.Tensor) and result.dtype == torch.float16 else result
