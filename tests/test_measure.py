@@ -103,15 +103,6 @@ def test_wrong_arguments_end_with_a_sentence(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [("NVIDIA H200", "nvidia_h200.json"), ("Intel(R) Xeon(R) Processor, 2 of 2 cores",
-                                           "intel_xeon_processor_2_of_2_cores.json")],
-)  # fmt: skip
-def test_devices_name_their_files(device, name):
-    assert measure.file_name(device) == name
-
-
 def test_the_gpt_is_causal():
     torch.manual_seed(0)
     model = sections.GPT(32, 16, 2, 8)

@@ -12,10 +12,11 @@ import torch
 from mixprec_lab import regimes
 from mixprec_lab.regimes import get_task, load_record, paired_difference, power, run_all, save_record, seeds_needed
 from mixprec_lab.regimes.__main__ import main
-from mixprec_lab.regimes.records import make_record, provenance, runs_of, slug, validate_record
+from mixprec_lab.regimes.records import make_record, provenance, runs_of, validate_record
 from mixprec_lab.regimes.speed import measure_speed
 from mixprec_lab.regimes.statistics import t_cdf, t_quantile
 from mixprec_lab.speed import BrokenRecord, describe, load_all
+from mixprec_lab.speed.provenance import slug
 
 stats = pytest.importorskip("scipy.stats")
 DATA = Path(__file__).resolve().parent.parent / "book" / "data"

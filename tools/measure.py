@@ -7,11 +7,7 @@ is recorded with its reason, the record then goes to ``<device>.partial.json``, 
 """
 
 import argparse
-import datetime
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
 import traceback
@@ -25,8 +21,8 @@ import torch
 from measure_sections import SECTIONS, Plan, Rows, Skipped
 
 from mixprec_lab.device import pick
-from mixprec_lab.fp8 import why_not
 from mixprec_lab.speed import describe
+from mixprec_lab.speed.provenance import provenance, slug
 from mixprec_lab.speed.records import SCHEMA, failures, save
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,54 +41,9 @@ def run_section(function: Callable[[Plan], Rows], plan: Plan) -> dict[str, Any]:
     return {"status": "ok", "seconds": round(time.perf_counter() - start, 6), "rows": rows}
 
 
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def commit() -> str:
-    """The commit this runs from, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
-    found = _output_of("git", "rev-parse", "HEAD")
-    if found is None:
-        return "unknown"
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "mixprec_lab", "tools")
-    return found + ("+changes" if changed else "")
-
-
-def _transformer_engine(device: torch.device) -> str | None:
-    if why_not("transformer_engine", device) is not None:
-        return None
-    import transformer_engine
-
-    return transformer_engine.__version__
-
-
-def provenance(device: torch.device, quick: bool, command: str) -> dict[str, Any]:
-    """Where, when and with what: everything but the seconds, which are known at the end."""
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = _output_of(*query) if device.type == "cuda" else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": commit(),
-        "torch": torch.__version__,
-        "transformer_engine": _transformer_engine(device),
-        "driver": driver.splitlines()[0] if driver else None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": describe("cpu"),
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "quick": quick,
-    }
-
-
 def measure(plan: Plan, sections: Mapping[str, Callable[[Plan], Rows]], command: str) -> dict[str, Any]:
     """The record of ``sections`` on the device of ``plan``, printing a line for each."""
-    start, told = time.perf_counter(), provenance(plan.device, plan.quick, command)
+    start, told = time.perf_counter(), provenance(plan.device, command, plan.quick)
     record = {"kind": "measured", "schema": SCHEMA, "device": describe(plan.device), "device_type": plan.device.type,
               "provenance": told, "sections": {}}  # fmt: skip
     for name, function in sections.items():
@@ -102,11 +53,6 @@ def measure(plan: Plan, sections: Mapping[str, Callable[[Plan], Rows]], command:
     told["seconds"] = round(time.perf_counter() - start, 6)
     told["load_after"] = [round(x, 2) for x in os.getloadavg()]
     return record
-
-
-def file_name(device: str) -> str:
-    """A device in words as a file name: ``'NVIDIA H200'`` -> ``'nvidia_h200.json'``."""
-    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\([^)]*\)", "", device).lower()).strip("_") + ".json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device) if options.device else pick().device
     command = " ".join(["python", "tools/measure.py", *(sys.argv[1:] if arguments is None else arguments)])
     record = measure(Plan(device, options.quick), {name: SECTIONS[name] for name in names}, command)
-    path = save(record, options.output or ROOT / "book" / "data" / file_name(record["device"]))
+    path = save(record, options.output or ROOT / "book" / "data" / f"{slug(record['device'])}.json")
     print(f"wrote {path}")
     failed = failures(record)
     for name, reason in failed.items():

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from mixprec_lab.device import one_thread, pick
-from mixprec_lab.regimes.records import load_record, make_record, provenance, save_record, slug
+from mixprec_lab.regimes.records import load_record, make_record, provenance, save_record
 from mixprec_lab.regimes.regime import REGIMES, VARIANTS
 from mixprec_lab.regimes.runs import run_all
 from mixprec_lab.regimes.speed import measure_speed
 from mixprec_lab.regimes.tasks import TASKS, get_task
 from mixprec_lab.speed import describe
+from mixprec_lab.speed.provenance import slug
 
 
 @one_thread()

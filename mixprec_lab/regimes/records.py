@@ -1,12 +1,7 @@
 """A full set as a file: what it must hold to be believed, checked when it is written and when it is read."""
 
-import datetime
 import json
 import math
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +9,13 @@ from typing import Any
 import torch
 
 from mixprec_lab.regimes.regime import Regime, get_regime
-from mixprec_lab.regimes.runs import check_pairs, write_whole
+from mixprec_lab.regimes.runs import check_pairs
 from mixprec_lab.regimes.tasks import Task
 from mixprec_lab.regimes.training import KINDS, Run
 from mixprec_lab.speed import BrokenRecord, describe
-from mixprec_lab.speed.records import _provenance as check_provenance
+from mixprec_lab.speed.provenance import provenance as origin
+from mixprec_lab.speed.provenance import write_whole
+from mixprec_lab.speed.records import check_provenance
 
 SCHEMA = 1
 _RUN = {"task": str, "regime": str, "seed": int, "steps": list, "held_out": list, "training": list, "skipped": int,
@@ -36,51 +33,15 @@ def _positive(x: object) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 
 
-def slug(device: str) -> str:
-    """A device in words as part of a file name: ``'NVIDIA H200'`` -> ``'nvidia_h200'``."""
-    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"\([^)]*\)", "", device).lower()).strip("_")
-
-
-#: what a result depends on: a commit is named without "+changes" if these are as in it
+#: what a result depends on
 _PARTS = ("regimes", "amp", "bf16_vs_fp16", "fp8", "block_scaling", "master_weights", "loss_scaling", "rounding",
           "formats", "memory", "models.py", "device.py")  # fmt: skip
 
 
 def provenance(device: torch.device, command: str, quick: bool) -> dict[str, Any]:
     """Where, when and with what, to be asked at the beginning: all but the seconds, which are known at the end."""
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = _output_of(*query) if device.type == "cuda" else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "transformer_engine": None,
-        "driver": driver.splitlines()[0] if driver else None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": describe("cpu"),
-        "threads": 1 if device.type == "cpu" else torch.get_num_threads(),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "quick": quick,
-    }
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _commit() -> str:
-    """The commit of the package, with "+changes" if its files differ from it; "unknown" outside a checkout."""
-    found = _output_of("git", "rev-parse", "HEAD")
-    if found is None:
-        return "unknown"
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", *(f"../{p}" for p in _PARTS))
-    return found + ("+changes" if changed else "")
+    found = origin(device, command, quick, [f"mixprec_lab/{part}" for part in _PARTS])
+    return found | ({"threads": 1} if device.type == "cpu" else {})
 
 
 def make_record(

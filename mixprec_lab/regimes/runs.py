@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +14,7 @@ from mixprec_lab.regimes.regime import REGIMES, Regime, get_regime
 from mixprec_lab.regimes.statistics import PairedDifference, paired_difference
 from mixprec_lab.regimes.tasks import TASKS, Task, get_task
 from mixprec_lab.regimes.training import Run, fingerprint, train
+from mixprec_lab.speed.provenance import write_whole
 
 
 def run_all(
@@ -108,20 +107,6 @@ def _check_stored(run: Run, task: Task, regime: Regime, seed: int) -> None:
     for x in (*run.held_out, *run.training):
         if not (x is None or (isinstance(x, float) and math.isfinite(x))):
             raise ValueError(f"a loss of {x!r}")
-
-
-def write_whole(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write JSON that appears whole or not at all, whatever interrupts it.  ValueError for NaN and infinity."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=indent, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def finals(runs: Iterable[Run], task: str, regime: str) -> dict[int, float]:

@@ -3,13 +3,12 @@
 import datetime
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixprec_lab.speed.devices import identify
+from mixprec_lab.speed.provenance import write_whole
 
 SCHEMA = 1
 #: Rates above the data sheet by more than this are a timing bug; boost clocks explain a little.
@@ -47,7 +46,7 @@ def validate(record: Mapping[str, Any]) -> Mapping[str, Any]:
     _need(record.get("schema") == SCHEMA, f"schema {SCHEMA}", record.get("schema"))
     for key in ("device", "device_type"):
         _need(isinstance(record.get(key), str) and record[key] != "", f"{key} in words", record.get(key))
-    _provenance(record.get("provenance"))
+    check_provenance(record.get("provenance"))
     sections = record.get("sections")
     _need(isinstance(sections, Mapping) and len(sections) > 0, "at least one section", sections)
     for name, section in sections.items():
@@ -55,7 +54,8 @@ def validate(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
-def _provenance(found: object) -> None:
+def check_provenance(found: object) -> None:
+    """BrokenRecord unless ``found`` says of a measurement all that ``provenance`` asks, and the seconds it took."""
     _need(isinstance(found, Mapping), "provenance", found)
     for key, kind in _PROVENANCE.items():
         _need(key in found and isinstance(found[key], kind), f"provenance with {key}", found.get(key))
@@ -127,16 +127,7 @@ def save(record: Mapping[str, Any], path: Path) -> Path:
     if record["provenance"]["quick"] and target.exists() and not load(target)["provenance"]["quick"]:
         raise FileExistsError(f"expected another output than {target}, which holds a full record: pass --output")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(target, record, indent=1)
     return target
 
 
