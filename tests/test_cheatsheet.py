@@ -1,8 +1,8 @@
 """The cheat sheet: every number and operator on it is the library's, its code runs, and paper holds it on one page."""
 
-import importlib.util
 import re
 
+import make_cheatsheet
 import pytest
 import torch
 from conftest import HTML, ROOT
@@ -18,16 +18,6 @@ from mixprec_lab.loss_scaling import get_rule, simulate_scaler
 from mixprec_lab.memory import get_regime
 from mixprec_lab.rounding import quantize
 
-
-def load(path):
-    """Import a tool by its path: tools/ is not a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_cheatsheet = load(ROOT / "tools" / "make_cheatsheet.py")
 TEXT = (ROOT / "book" / "cheatsheet.md").read_text("utf-8")
 SECTIONS = {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in TEXT.split("\n## ")[1:]}
 

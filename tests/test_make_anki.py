@@ -1,30 +1,18 @@
 """The deck for Anki: another reader of the file finds every question, and a later deck updates the same notes."""
 
-import importlib.util
 import json
 import re
 import sqlite3
 import zipfile
 from html.parser import HTMLParser
 
+import make_anki
 import pytest
-from conftest import ROOT
 
 from mixprec_lab.interview import LEVELS, load_bank, themes
 
 BANK = load_bank()
 MODEL_ID, AMP_DECK_ID, FIRST_GUID = 1850660831, 1532920623, 'KH~Oxpu%8L'
-
-
-def load(path):
-    """Import a tool by its path: tools/ is not a package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_anki = load(ROOT / "tools" / "make_anki.py")
 
 
 def read(path, scratch) -> dict:

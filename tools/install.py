@@ -24,6 +24,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".installed.json"
 LOG = ROOT / "_build" / "install.log"
 MANIFEST = "wheelhouse.json"
+#: What builds the project when it is installed as an editable folder.
+BACKEND = "setuptools>=77"
 OFFLINE = re.compile(
     "NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError|Max retries exceeded"
     "|Failed to establish a new connection|Network is unreachable|Temporary failure in name resolution"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from install import BACKEND
 from pinned_program import program
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 UV = "0.13.9"
-BACKEND = "setuptools>=77"
 HEADER = """\
 # Made by `make lock`; do not edit.  Installed by `LOCKED=1 make install`.
 # Pins: sha256 {pins}

@@ -22,8 +22,6 @@ import fetch_assets
 import install
 
 ROOT = install.ROOT
-#: What builds the project when it is installed as an editable folder.
-BACKEND = "setuptools>=77"
 
 
 def fetch_wheels(folder: Path, requirements: list[str]) -> None:
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         pins = Path(scratch) / "pins.txt"
         lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines(keepends=True)
         pins.write_text("".join(line for line in lines if not line.startswith("-e")), encoding="utf-8")
-        fetch_wheels(folder, ["-r", str(pins), BACKEND, str(source_copy(Path(scratch)))])
+        fetch_wheels(folder, ["-r", str(pins), install.BACKEND, str(source_copy(Path(scratch)))])
     fetch_browser_files(folder)
     size = sum((folder / name).stat().st_size for name in write_manifest(folder)["files"])
     print(f"{folder} is complete, {size / 1e9:.1f} GB.  Copy it and this checkout to the other machine; there run "

@@ -14,6 +14,7 @@ from mixprec_lab.bf16_vs_fp16.updates import (
     check_followable,
     gradient_slots,
 )
+from mixprec_lab.untouched import evaluating
 
 Update = Literal["master", "stochastic", "kahan", "nearest"]
 UPDATES: tuple[str, ...] = ("master", "stochastic", "kahan", "nearest")
@@ -93,12 +94,8 @@ class BF16Trainer:
     @torch.no_grad()
     def predict(self, inputs: Any) -> Any:
         """The model's output in FP32, in evaluation mode and without gradients; the model's mode is restored."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return cast_floating(self._forward(inputs), torch.float32)
-        finally:
-            self.model.train(training)
 
     def _forward(self, inputs: Any) -> Any:
         with bf16_autocast(self.model):

@@ -40,13 +40,8 @@ def place_of(device: torch.device | str | None, tensors: Iterable[torch.Tensor] 
     """
     if device is None:
         elsewhere = next((x.device for x in tensors if x.device.type != "cpu"), None)
-        return elsewhere or torch.empty(0, device=devices.pick().device).device
-    try:
-        return torch.empty(0, device=device).device  # with its number, as tensors have it
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"expected a device of this machine (cpu, cuda, cuda:1, ...), got {device!r}: {error}"
-        ) from None
+        return elsewhere or devices.named(devices.pick().device)
+    return devices.named(device)
 
 
 def cast_path(place: torch.device, fmt: FloatFormat) -> str:

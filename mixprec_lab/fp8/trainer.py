@@ -12,6 +12,7 @@ from mixprec_lab.fp8.backends import choose_backend
 from mixprec_lab.fp8.conversion import Conversion, convert_linears
 from mixprec_lab.fp8.linear import FP8Linear, update_scales
 from mixprec_lab.fp8.recipes import DelayedScaling, Recipe
+from mixprec_lab.untouched import evaluating
 
 _COUNTS = ("micro_steps", "steps", "skipped_steps")
 
@@ -22,6 +23,13 @@ class FP8Step(NamedTuple):
     loss: torch.Tensor  #: float32, detached, on the device of the model
     grad_norm: torch.Tensor | None  #: before clipping; None in mid-accumulation
     stepped: bool  #: whether the weights were updated
+
+
+def apply_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(**inputs)`` for a dict, ``model(*inputs)`` for a tuple, else ``model(inputs)``."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 class FP8Trainer:
@@ -102,7 +110,7 @@ class FP8Trainer:
         self.convert_to_fp8()
         self.model.train()
         with self._autocast():
-            loss = self.loss_fn(self._forward(inputs), targets)
+            loss = self.loss_fn(apply_model(self.model, inputs), targets)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(f"expected loss_fn to return a scalar, got {got}")
@@ -117,14 +125,8 @@ class FP8Trainer:
     def predict(self, inputs: Any) -> Any:
         """The model's output in evaluation mode, a tensor in float32; modes are restored, no scale moves."""
         self.convert_to_fp8()
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with self._autocast():
-                outputs = self._forward(inputs)
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with evaluating(self.model), self._autocast():
+            outputs = apply_model(self.model, inputs)
         return outputs.float() if isinstance(outputs, torch.Tensor) else outputs
 
     def scales(self) -> dict[str, float]:
@@ -136,11 +138,6 @@ class FP8Trainer:
             for role, q in layer.quantizers.items()
             if hasattr(q, "amax_history")
         }
-
-    def _forward(self, inputs: Any) -> Any:
-        if isinstance(inputs, dict):
-            return self.model(**inputs)
-        return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
 
     def _layers(self) -> list[FP8Linear]:
         return [m for m in self.model.modules() if isinstance(m, FP8Linear)]

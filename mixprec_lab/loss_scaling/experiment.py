@@ -72,12 +72,13 @@ def train_on_pixels(
                 outputs = model(images)
             loss = loss_fn(outputs, images)
             optimizer.zero_grad()
-            _step(optimizer, loss, scaler)
+            backward_and_step(optimizer, loss, scaler)
             errors.append(loss.item() * elements / images.numel())
     return PixelRun(model, errors, unexplained(model, data), scaler.skipped if scaler else 0)
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, scaler: Scaler | None) -> None:
+def backward_and_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, scaler: Scaler | None) -> None:
+    """The backward pass and the optimizer's step, through ``scaler`` if there is one; gradients are not cleared."""
     if scaler is None:
         loss.backward()
         optimizer.step()

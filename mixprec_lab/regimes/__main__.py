@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mixprec_lab.device import one_thread, pick
+from mixprec_lab.device import named, one_thread, pick
 from mixprec_lab.regimes.records import load_record, make_record, provenance, save_record
 from mixprec_lab.regimes.regime import REGIMES, VARIANTS
 from mixprec_lab.regimes.runs import run_all
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.seeds is not None and options.seeds < 2:
         parser.error(f"expected --seeds of at least 2, got {options.seeds}: one seed makes no interval")
     try:
-        device = torch.empty(0, device=options.device).device if options.device else pick().device
-    except (RuntimeError, AssertionError):
+        device = named(options.device) if options.device else pick().device
+    except ValueError:
         parser.error(f"expected --device of this machine (cpu, cuda, cuda:1, ...), got {options.device!r}")
     command = " ".join(["python -m mixprec_lab.regimes", *given])
     path = options.output or _default_output(parser, device)

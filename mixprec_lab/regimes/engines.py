@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,10 +11,12 @@ from torch import nn
 from mixprec_lab.amp import MixedPrecisionTrainer
 from mixprec_lab.bf16_vs_fp16 import BF16Trainer
 from mixprec_lab.fp8 import FP8Trainer, choose_backend
+from mixprec_lab.fp8.trainer import apply_model
 from mixprec_lab.loss_scaling import StaticLossScaler
 from mixprec_lab.regimes.emulation import EmulatedProducts
 from mixprec_lab.regimes.regime import Regime
 from mixprec_lab.regimes.tasks import Task
+from mixprec_lab.untouched import evaluating
 
 
 @dataclass(frozen=True)
@@ -43,49 +45,25 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 @contextlib.contextmanager
 def tf32_products(device: torch.device) -> Iterator[str]:
     """Inside, FP32 products take TF32 operands: on the matrix units of a GPU that has them, emulated elsewhere."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-        before = [b.fp32_precision for b in backends]
-        try:
-            for b in backends:
-                b.fp32_precision = "tf32"
+        with _native_products("tf32"):
             yield "native"
-        finally:
-            for b, value in zip(backends, before, strict=True):
-                b.fp32_precision = value
         return
     with EmulatedProducts("tf32"):
         yield "emulated TF32"
 
 
 @contextlib.contextmanager
-def _fp32_products() -> Iterator[str]:
-    """FP32 products in FP32, whatever the process allows: cuDNN's convolutions take TF32 by default."""
+def _native_products(precision: Literal["tf32", "ieee"]) -> Iterator[str]:
+    """FP32 products on CUDA as asked for, whatever the process allows: cuDNN's convolutions take TF32 by default."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [b.fp32_precision for b in backends]
     try:
         for b in backends:
-            b.fp32_precision = "ieee"
+            b.fp32_precision = precision
         yield "native"
     finally:
         for b, value in zip(backends, before, strict=True):
@@ -96,11 +74,11 @@ def _fp32(regime: Regime, model: nn.Module, optimizer: torch.optim.Optimizer, ta
     skipped, device = [], _device(model)
 
     def products() -> contextlib.AbstractContextManager[str]:
-        return tf32_products(device) if regime.compute == "tf32" else _fp32_products()
+        return tf32_products(device) if regime.compute == "tf32" else _native_products("ieee")
 
     def step(inputs: Any, targets: Any) -> torch.Tensor:
         with products():
-            loss = task.loss(_call(model, inputs), targets)
+            loss = task.loss(apply_model(model, inputs), targets)
             optimizer.zero_grad()
             loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,8 +89,8 @@ def _fp32(regime: Regime, model: nn.Module, optimizer: torch.optim.Optimizer, ta
         return loss.detach()
 
     def predict(inputs: Any) -> Any:
-        with _evaluating(model), products():
-            return _call(model, inputs)
+        with evaluating(model), torch.no_grad(), products():
+            return apply_model(model, inputs)
 
     with products() as backend:
         return Engine(regime, model, optimizer, step, predict, lambda: len(skipped), backend)
@@ -131,8 +109,8 @@ def _autocast(regime: Regime, model: nn.Module, optimizer: torch.optim.Optimizer
             return trainer.train_step(inputs, targets).loss
 
     def predict(inputs: Any) -> Any:
-        with products(), _evaluating(model), torch.autocast(_device(model).type, dtype):
-            return _call(model, inputs).float()
+        with products(), evaluating(model), torch.no_grad(), torch.autocast(_device(model).type, dtype):
+            return apply_model(model, inputs).float()
 
     backend = "emulated sums" if regime.sums == "bf16" else "native"
     return Engine(regime, model, optimizer, step, predict, lambda: trainer.skipped_steps, backend)

@@ -1,8 +1,8 @@
 """A full set as a file: what it must hold to be believed, checked when it is written and when it is read."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,15 @@ from mixprec_lab.regimes.training import KINDS, Run
 from mixprec_lab.speed import BrokenRecord, describe
 from mixprec_lab.speed.provenance import provenance as origin
 from mixprec_lab.speed.provenance import write_whole
-from mixprec_lab.speed.records import check_provenance
+from mixprec_lab.speed.records import check_origin, check_provenance, need, positive
 
 SCHEMA = 1
 _RUN = {"task": str, "regime": str, "seed": int, "steps": list, "held_out": list, "training": list, "skipped": int,
         "bytes": dict, "pair": str, "backend": str}  # fmt: skip
 _TASK = {"title": str, "metric_title": str, "steps": int, "parameters": int}
 _LARGEST = 1e4  #: no loss of these tasks is above it without being lost
-
-
-def _need(condition: bool, expected: str, got: object) -> None:
-    if not condition:
-        raise BrokenRecord(f"expected {expected}, got {got!r:.120}: measure again with python -m mixprec_lab.regimes")
-
-
-def _positive(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
+_AGAIN = "python -m mixprec_lab.regimes"
+_need = partial(need, again=_AGAIN)
 
 
 #: what a result depends on
@@ -81,12 +74,7 @@ def validate_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
     losses between 0 and 10,000 or None, evaluations in order up to the last step, bytes that are whole numbers, all
     runs of a seed with the same initial weights and batches, speed ratios positive and between their quartiles.
     """
-    _need(isinstance(record, Mapping), "a JSON object", record)
-    _need(record.get("kind") == "regimes", "kind 'regimes'", record.get("kind"))
-    _need(record.get("schema") == SCHEMA, f"schema {SCHEMA}", record.get("schema"))
-    for key in ("device", "device_type"):
-        _need(isinstance(record.get(key), str) and record[key] != "", f"{key} in words", record.get(key))
-    check_provenance(record.get("provenance"))
+    check_origin(record, "regimes", SCHEMA, _AGAIN)
     tasks, regimes, runs = (record.get(key) for key in ("tasks", "regimes", "runs"))
     _need(isinstance(tasks, Mapping) and len(tasks) > 0, "at least one task", tasks)
     _need(isinstance(regimes, list) and len(regimes) > 1, "at least two regimes", regimes)
@@ -149,7 +137,7 @@ def _check_grid(runs: list[Mapping[str, Any]], tasks: list[str], regimes: list[s
 
 def _check_speed(speed: object, tasks: Mapping[str, Any], regimes: list[str]) -> None:
     _need(isinstance(speed, Mapping), "a speed section", speed)
-    check_provenance(speed.get("provenance"))
+    check_provenance(speed.get("provenance"), _AGAIN)
     rows = speed.get("rows")
     _need(isinstance(rows, list), "rows of speed", rows)
     for row in rows:
@@ -161,7 +149,7 @@ def _check_speed(speed: object, tasks: Mapping[str, Any], regimes: list[str]) ->
         where = f"speed of {row['task']}, {row['regime']}"
         for key in ("ratio", "steps_per_second"):
             spread = row.get(key)
-            _need(isinstance(spread, Mapping) and all(_positive(spread.get(k)) for k in ("low", "median", "high")),
+            _need(isinstance(spread, Mapping) and all(positive(spread.get(k)) for k in ("low", "median", "high")),
                   f"positive {key} with low, median and high in {where}", spread)  # fmt: skip
             _need(spread["low"] <= spread["median"] <= spread["high"], f"ordered quartiles in {where}", spread)
         _need(isinstance(row.get("backend"), str) and row["backend"], f"a backend in {where}", row.get("backend"))

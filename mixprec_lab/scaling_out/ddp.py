@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixprec_lab import models
 from mixprec_lab.loss_scaling import DynamicLossScaler
+from mixprec_lab.loss_scaling.experiment import backward_and_step
 from mixprec_lab.scaling_out.group import Group, digits_of, process_group
 
 WAYS = {"FP32": (None, False), "BF16, sent in BF16": (torch.bfloat16, True), "FP16, scaled": (torch.float16, False)}
@@ -80,7 +81,8 @@ def train(
             outputs = parallel(data.train_images[batch])
         loss = nn.functional.cross_entropy(outputs.float(), data.train_labels[batch])
         bad = step == overflow_at and group.rank == group.size - 1
-        _step(optimizer, loss * torch.inf if bad else loss, scaler)
+        optimizer.zero_grad()
+        backward_and_step(optimizer, loss * torch.inf if bad else loss, scaler)
         losses.append(group.everywhere(loss.item()))
     mean = [sum(parts) / group.size for parts in losses]
     weights = nn.utils.parameters_to_vector(model.parameters()).detach().cpu()
@@ -89,16 +91,6 @@ def train(
         "weights": weights, "same": group.agree([weights]), "skipped": scaler.skipped if scaler else 0,
         "log2_scale": math.log2(scaler.scale) if scaler else 0.0,
     }  # fmt: skip
-
-
-def _step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, scaler: DynamicLossScaler | None) -> None:
-    optimizer.zero_grad()
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale_loss(loss).backward()
-        scaler.step(optimizer)
 
 
 if __name__ == "__main__":

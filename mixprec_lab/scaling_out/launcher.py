@@ -76,11 +76,11 @@ def launch(
     _check_numbers(processes, timeout, show)
     if not isinstance(arguments, Mapping | None):
         raise TypeError(f"expected arguments by name, got a {type(arguments).__name__}: arguments={{'steps': 3}}")
-    job = {**_described(target, arguments is not None), "arguments": dict(arguments or {})}
+    job, sent = _described(target, arguments is not None), _plain(dict(arguments or {}), "arguments")
     with tempfile.TemporaryDirectory(prefix="mixprec_launch_") as name:
         folder = Path(name)
-        torch.save(_plain(job["arguments"], "arguments"), folder / "arguments.pt")
-        (folder / "job.json").write_text(json.dumps({k: v for k, v in job.items() if k != "arguments"}), "utf-8")
+        torch.save(sent, folder / "arguments.pt")
+        (folder / "job.json").write_text(json.dumps(job), "utf-8")
         run = _Run(folder, processes, show)
         try:
             with _started(folder, processes) as ranks:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mixprec_lab.device import pick
+from mixprec_lab.device import named, pick
 from mixprec_lab.fp8 import why_not
 from mixprec_lab.speed.linear import _precision
 from mixprec_lab.speed.timing import BenchmarkResult, benchmark
@@ -51,7 +51,7 @@ def quick_bench(device: str | None = None, size: int | None = None, rounds: int 
     before the clock starts.  Raises ValueError for a device that is not here, a size that is no multiple of 16 (FP8
     products need that), and fewer than 3 rounds.
     """
-    where = pick().device if device is None else _device(device)
+    where = pick().device if device is None else named(device)
     size = size if size is not None else 4096 if where.type == "cuda" else 512
     if size < 16 or size % 16:
         raise ValueError(f"expected a size that is a positive multiple of 16, got {size}")
@@ -62,13 +62,6 @@ def quick_bench(device: str | None = None, size: int | None = None, rounds: int 
     result = benchmark(arms, tolerance=TOLERANCE, rounds=rounds, number=number, device=where, flops=flops)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return QuickBench(size, date, torch.__version__, result)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a device of this machine (cpu, cuda, cuda:1, ...), got {name!r}") from error
 
 
 def _arms(a: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:

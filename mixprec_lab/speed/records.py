@@ -25,12 +25,14 @@ class BrokenRecord(ValueError):
     """A record that is incomplete, or that claims what cannot be."""
 
 
-def _need(condition: bool, expected: str, got: object) -> None:
+def need(condition: bool, expected: str, got: object, again: str = "make measure") -> None:
+    """BrokenRecord unless ``condition``; ``again`` is the command that makes a new record."""
     if not condition:
-        raise BrokenRecord(f"expected {expected}, got {got!r}: measure again with make measure")
+        raise BrokenRecord(f"expected {expected}, got {got!r:.120}: measure again with {again}")
 
 
-def _positive(x: object) -> bool:
+def positive(x: object) -> bool:
+    """Whether ``x`` is a finite number above 0."""
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf
 
 
@@ -41,69 +43,74 @@ def validate(record: Mapping[str, Any]) -> Mapping[str, Any]:
     times, rates and bandwidths are finite and positive, a median lies between its quartiles, an ISO date with a time
     zone, and no rate above 1.05 times the data sheet of a GPU that ``identify`` knows.
     """
-    _need(isinstance(record, Mapping), "a JSON object", record)
-    _need(record.get("kind") == "measured", "kind 'measured'", record.get("kind"))
-    _need(record.get("schema") == SCHEMA, f"schema {SCHEMA}", record.get("schema"))
-    for key in ("device", "device_type"):
-        _need(isinstance(record.get(key), str) and record[key] != "", f"{key} in words", record.get(key))
-    check_provenance(record.get("provenance"))
+    check_origin(record, "measured", SCHEMA)
     sections = record.get("sections")
-    _need(isinstance(sections, Mapping) and len(sections) > 0, "at least one section", sections)
+    need(isinstance(sections, Mapping) and len(sections) > 0, "at least one section", sections)
     for name, section in sections.items():
         _section(name, section, record["device"])
     return record
 
 
-def check_provenance(found: object) -> None:
+def check_origin(record: object, kind: str, schema: int, again: str = "make measure") -> None:
+    """BrokenRecord unless ``record`` is one of ``kind`` that names its device and its provenance."""
+    need(isinstance(record, Mapping), "a JSON object", record, again)
+    need(record.get("kind") == kind, f"kind {kind!r}", record.get("kind"), again)
+    need(record.get("schema") == schema, f"schema {schema}", record.get("schema"), again)
+    for key in ("device", "device_type"):
+        need(isinstance(record.get(key), str) and record[key] != "", f"{key} in words", record.get(key), again)
+    check_provenance(record.get("provenance"), again)
+
+
+def check_provenance(found: object, again: str = "make measure") -> None:
     """BrokenRecord unless ``found`` says of a measurement all that ``provenance`` asks, and the seconds it took."""
-    _need(isinstance(found, Mapping), "provenance", found)
+    need(isinstance(found, Mapping), "provenance", found, again)
     for key, kind in _PROVENANCE.items():
-        _need(key in found and isinstance(found[key], kind), f"provenance with {key}", found.get(key))
-        _need(found[key] != "", f"provenance with {key}", "")
+        need(key in found and isinstance(found[key], kind), f"provenance with {key}", found.get(key), again)
+        need(found[key] != "", f"provenance with {key}", "", again)
     try:
         date = datetime.datetime.fromisoformat(found["date"])
     except ValueError:
         date = None
-    _need(date is not None and date.tzinfo is not None, "an ISO date with a time zone", found["date"])
-    _need(_positive(found["seconds"]), "a positive number of seconds", found["seconds"])
-    _need(found["threads"] >= 1, "at least one thread", found["threads"])
+    need(date is not None and date.tzinfo is not None, "an ISO date with a time zone", found["date"], again)
+    need(positive(found["seconds"]), "a positive number of seconds", found["seconds"], again)
+    need(found["threads"] >= 1, "at least one thread", found["threads"], again)
 
 
 def _section(name: str, section: object, device: str) -> None:
-    _need(isinstance(section, Mapping) and section.get("status") in _STATUSES, f"a status of {name}", section)
+    need(isinstance(section, Mapping) and section.get("status") in _STATUSES, f"a status of {name}", section)
     if section["status"] != "ok":
         reason = section.get("reason")
-        _need(isinstance(reason, str) and reason != "", f"a reason why {name} {section['status']}", reason)
+        need(isinstance(reason, str) and reason != "", f"a reason why {name} {section['status']}", reason)
         return
-    _need(_positive(section.get("seconds")), f"seconds of {name}", section.get("seconds"))
+    need(positive(section.get("seconds")), f"seconds of {name}", section.get("seconds"))
     rows = section.get("rows")
-    _need(isinstance(rows, list) and len(rows) > 0, f"rows of {name}", rows)
+    need(isinstance(rows, list) and len(rows) > 0, f"rows of {name}", rows)
     for i, row in enumerate(rows):
         _row(f"{name}, row {i}", row, device)
 
 
 def _row(where: str, row: object, device: str) -> None:
-    _need(isinstance(row, Mapping) and isinstance(row.get("name"), str), f"a name in {where}", row)
+    need(isinstance(row, Mapping) and isinstance(row.get("name"), str), f"a name in {where}", row)
     spreads = {key: row[key] for key in ("seconds", "ratio") if key in row}
-    _need(bool(spreads), f"seconds or a ratio in {where}", row)
+    need(bool(spreads), f"seconds or a ratio in {where}", row)
     for key, spread in spreads.items():
         keys = ("low", "median", "high")
-        _need(isinstance(spread, Mapping) and all(_positive(spread.get(k)) for k in keys),
-              f"a positive finite {key} with low, median and high in {where}", spread)  # fmt: skip
-        _need(spread["low"] <= spread["median"] <= spread["high"], f"ordered quartiles of {key} in {where}", spread)
+        need(isinstance(spread, Mapping) and all(positive(spread.get(k)) for k in keys),
+             f"a positive finite {key} with low, median and high in {where}", spread)  # fmt: skip
+        need(spread["low"] <= spread["median"] <= spread["high"], f"ordered quartiles of {key} in {where}", spread)
     for key in ("teraflops", "gigabytes_per_second", "peak_bytes"):
         if row.get(key) is not None:
-            _need(_positive(row[key]), f"a positive finite {key} in {where}", row[key])
+            need(positive(row[key]), f"a positive finite {key} in {where}", row[key])
     known = identify(device)
     if known is None:
         return
     if row.get("teraflops") is not None and row.get("dtype") in known.peak:
         most = known.rate(row["dtype"]) / 1e12
-        _need(row["teraflops"] <= TOLERATED * most, f"at most {most:g} TFLOP/s in {where}", row["teraflops"])
+        need(row["teraflops"] <= TOLERATED * most, f"at most {most:g} TFLOP/s in {where}", row["teraflops"])
     if row.get("gigabytes_per_second") is not None:
         most = known.bandwidth / 1e9
-        _need(row["gigabytes_per_second"] <= TOLERATED * most, f"at most {most:g} GB/s in {where}",
-              row["gigabytes_per_second"])  # fmt: skip
+        need(row["gigabytes_per_second"] <= TOLERATED * most, f"at most {most:g} GB/s in {where}",
+             row["gigabytes_per_second"])  # fmt: skip
 
 
 def failures(record: Mapping[str, Any]) -> dict[str, str]:
